@@ -1,0 +1,334 @@
+"""The reader's frames and times against a plain decode of the whole file, and its errors."""
+
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from modeling_keye.video_reader_keye import (
+    EmptyVideoError,
+    NotAVideoError,
+    NoVideoStreamError,
+    TruncatedVideoError,
+    VideoNotFoundError,
+    VideoReader,
+    VideoReadError,
+)
+
+from .conftest import decode_all, picture
+
+CODECS = {
+    "h264": ("clip.mp4", "libx264", {"bf": "3", "g": "12"}),
+    "h264_open_gop": (
+        "clip.mkv",
+        "libx264",
+        {"x264-params": "open-gop=1:keyint=12:bframes=3:min-keyint=12:scenecut=0"},
+    ),
+    "h264_gradual_refresh": ("clip.mp4", "libx264", {"x264-params": "intra-refresh=1:keyint=12:bframes=0"}),
+    "h264_transport_stream": ("clip.ts", "libx264", {"bf": "2", "g": "12"}),
+    "h264_raw": ("clip.h264", "libx264", {"bf": "2", "g": "12"}),
+    "h265": ("clip.mp4", "libx265", {"x265-params": "log-level=none:keyint=12:bframes=3:pools=1"}),
+    "h265_open_gop": ("clip.mkv", "libx265", {"x265-params": "log-level=none:keyint=12:open-gop=1:pools=1"}),
+    "vp8": ("clip.webm", "libvpx", {"g": "12", "auto-alt-ref": "1", "lag-in-frames": "8", "deadline": "realtime"}),
+    "vp9": ("clip.webm", "libvpx-vp9", {"g": "12", "auto-alt-ref": "1", "lag-in-frames": "8", "deadline": "realtime"}),
+    "av1": ("clip.mp4", "libsvtav1", {"preset": "12", "g": "12", "svtav1-params": "lp=1"}),
+    "mpeg4": ("clip.avi", "mpeg4", {"bf": "2", "g": "12"}),
+    "mpeg4_mp4": ("clip.mp4", "mpeg4", {"bf": "2", "g": "12"}),
+    "fragmented": ("clip.mp4", "libx264", {"g": "12"}),
+}
+
+
+def check_against_full_decode(path: Path | str, indices: list[int] | None = None) -> VideoReader:
+    frames = decode_all(path)
+    with VideoReader(path) as reader:
+        assert reader.total_num_frames == len(frames)
+        last = len(frames) - 1
+        indices = indices or [0, last, last // 2, 3, 3, last // 3, last - 1]
+        for index, frame in zip(indices, reader.read(indices), strict=True):
+            assert frame.dtype == torch.uint8
+            np.testing.assert_array_equal(frame.permute(1, 2, 0).numpy(), frames[index], err_msg=f"frame {index}")
+        for index in (last, last // 2, 1):
+            np.testing.assert_array_equal(reader.read([index])[0].permute(1, 2, 0).numpy(), frames[index])
+    return reader
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_frames_equal_a_full_decode(clip, name):
+    file, codec, options = CODECS[name]
+    if codec not in av.codecs_available:
+        pytest.skip(f"this build of PyAV has no encoder {codec}")
+    movflags = {"movflags": "frag_keyframe+empty_moov"} if name == "fragmented" else None
+    size = (72, 88) if codec == "libsvtav1" else (64, 80)
+    path = clip(file, codec=codec, count=60, size=size, options=options, container_options=movflags)
+    check_against_full_decode(path)
+
+
+@pytest.mark.parametrize("name", ["bikes", "carphone_pristine", "bigbuckbunny"])
+def test_real_recordings(real_clip, name):
+    reader = check_against_full_decode(real_clip(name))
+    assert reader.codec == "h264"
+
+
+def test_every_frame_of_a_clip_with_b_frames_in_one_call(clip):
+    path = clip(options={"bf": "3", "g": "8"})
+    check_against_full_decode(path, list(range(40)))
+
+
+def test_jumps_are_taken_and_give_the_same_frames(real_clip, monkeypatch):
+    path = real_clip("bikes")
+    seeks = []
+    real = VideoReader._keyframe_before
+    monkeypatch.setattr(VideoReader, "_keyframe_before", lambda *args: seeks.append(real(*args)) or seeks[-1])
+    check_against_full_decode(path, [249])
+    assert seeks[0][0] > 12
+
+
+def test_a_wrong_index_is_noticed_and_decoded_in_line(clip):
+    path = clip(options={"g": "10", "bf": "0"})
+    frames = decode_all(path)
+    with VideoReader(path) as reader:
+        # Every seek now lands a group of pictures too late.
+        reader._keys = [(pts, dts + 11 * 1280) for pts, dts in reader._keys]
+        got = reader.read([15, 35])
+    for index, frame in zip([15, 35], got, strict=True):
+        np.testing.assert_array_equal(frame.permute(1, 2, 0).numpy(), frames[index])
+
+
+def test_times_of_a_constant_rate(clip):
+    with VideoReader(clip(fps=10)) as reader:
+        np.testing.assert_allclose(reader.times, np.arange(40) / 10, atol=1e-6)
+        assert reader.fps == 10 and reader.duration == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
+def test_times_of_a_variable_rate(clip, name):
+    pts = np.cumsum([0, *([40] * 10), *([500] * 10), *([100] * 19)])
+    path = clip(name, pts=pts.tolist())
+    reader = check_against_full_decode(path)
+    np.testing.assert_allclose(reader.times, pts / 1000, atol=2e-3)
+    assert reader.fps == pytest.approx(39 / (pts[-1] / 1000), rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.ts"])
+def test_a_late_start_counts_from_the_first_frame(clip, name):
+    path = clip(name, pts=[5000 + 100 * index for index in range(40)])
+    reader = check_against_full_decode(path)
+    np.testing.assert_allclose(reader.times, np.arange(40) / 10, atol=2e-3)
+
+
+def test_an_edit_list_that_hides_the_first_frames(clip, tmp_path):
+    source, cut = clip(options={"g": "40", "bf": "0"}), tmp_path / "cut.mp4"
+    with av.open(str(source)) as reading, av.open(str(cut), "w") as writing:
+        stream = writing.add_stream_from_template(reading.streams.video[0])
+        shift = round(1.0 / reading.streams.video[0].time_base)
+        for packet in reading.demux(reading.streams.video[0]):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                writing.mux(packet)
+    reader = check_against_full_decode(cut)
+    assert reader.total_num_frames == 30 and reader.times[0] == 0.0
+
+
+@pytest.mark.parametrize("rotation", [90, -90, 180])
+def test_rotated_streams_come_upright(clip, rotation):
+    path = clip(rotation=rotation)
+    plain = decode_all(path)
+    with VideoReader(path) as reader:
+        assert (reader.height, reader.width) == ((80, 64) if rotation != 180 else (64, 80))
+        # The display matrix turns counter-clockwise, as np.rot90 does.
+        upright = np.rot90(plain[7], rotation // 90)
+        np.testing.assert_array_equal(reader.read([7])[0].permute(1, 2, 0).numpy(), upright)
+
+
+def test_transform_runs_in_order_once_per_frame_and_progress_counts(clip):
+    seen, steps = [], []
+    with VideoReader(clip()) as reader:
+        got = reader.read(
+            [30, 2, 2, 17],
+            lambda frame: seen.append(len(seen)) or seen[-1],
+            progress=lambda done, total: steps.append((done, total)),
+        )
+    assert got == [2, 0, 0, 1]
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_pictures_survive_the_codec(clip):
+    with VideoReader(clip(options={"crf": "1"})) as reader:
+        got = reader.read([21])[0].permute(1, 2, 0).numpy().astype(int)
+    bits = [got[:8, bit * 8 : bit * 8 + 8].mean() > 127 for bit in range(8)]
+    assert sum(int(on) << bit for bit, on in enumerate(bits)) == 21
+    assert np.abs(got[16:] - picture(21, 64, 80)[16:]).mean() < 40
+
+
+def test_frame_numbers_outside_the_video_are_refused(clip):
+    with VideoReader(clip()) as reader, pytest.raises(IndexError, match="has frames 0 to 39"):
+        reader.read([40])
+
+
+def test_a_video_behind_an_address(clip, tmp_path):
+    path = clip()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler.log_message = lambda *args: None
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}"
+        with VideoReader(f"{address}/clip.mp4") as reader:
+            downloaded = Path(reader._path)
+            assert torch.equal(reader.read([5])[0], VideoReader(path).read([5])[0])
+        assert not downloaded.exists()
+        with pytest.raises(VideoNotFoundError, match="cannot download"):
+            VideoReader(f"{address}/nothing.mp4")
+    finally:
+        server.shutdown()
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def one_sentence(error: pytest.ExceptionInfo) -> None:
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".") and len(text) < 500
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(VideoNotFoundError, match="no video file at") as error:
+        VideoReader(tmp_path / "nothing.mp4")
+    one_sentence(error)
+    assert isinstance(error.value, FileNotFoundError) and isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [("notes.txt", b"hello world\n" * 50), ("junk.mp4", bytes(range(7, 256)) * 20), ("empty.mp4", b"")],
+)
+def test_not_a_video(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(NotAVideoError, match="not a video") as error:
+        VideoReader(tmp_path / name)
+    one_sentence(error)
+
+
+def test_a_folder_and_a_still_image_are_no_videos(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (40, 40)).save(tmp_path / "still.png")
+    for path in (tmp_path, tmp_path / "still.png"):
+        with pytest.raises(NotAVideoError) as error:
+            VideoReader(path)
+        one_sentence(error)
+
+
+def test_sound_only(tmp_path):
+    path = tmp_path / "sound.wav"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(NoVideoStreamError, match="no video stream; it holds audio") as error:
+        VideoReader(path)
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("name", ["empty.mkv", "empty.mp4", "empty.avi"])
+def test_zero_frames(tmp_path, name):
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        container.start_encoding()
+    with pytest.raises(EmptyVideoError, match="without a single frame|before its first frame") as error:
+        VideoReader(path)
+    one_sentence(error)
+
+
+def test_truncated_with_its_index_in_front(clip, tmp_path):
+    data = clip("fast.mp4", count=60, container_options={"movflags": "faststart"}).read_bytes()
+    (tmp_path / "half.mp4").write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(TruncatedVideoError, match=r"only \d+ of 60 frames \(\d+\.\d s\) could be read") as error:
+        VideoReader(tmp_path / "half.mp4")
+    one_sentence(error)
+    assert 0 < error.value.frames < 60 and error.value.seconds == pytest.approx(error.value.frames / 10, abs=0.5)
+
+
+def test_truncated_with_its_index_lost(clip, tmp_path):
+    data = clip().read_bytes()
+    (tmp_path / "half.mp4").write_bytes(data[: len(data) // 2])
+    with pytest.raises(TruncatedVideoError, match=r"0 frames \(0.0 s\) could be read") as error:
+        VideoReader(tmp_path / "half.mp4")
+    one_sentence(error)
+
+
+def test_truncated_matroska(clip, tmp_path):
+    data = clip("whole.mkv", count=60).read_bytes()
+    (tmp_path / "half.mkv").write_bytes(data[: len(data) // 2])
+    with pytest.raises(TruncatedVideoError, match=r"only \d+ (of \d+ )?frames \(\d\.\d s of 6.0 s\)") as error:
+        VideoReader(tmp_path / "half.mkv")
+    one_sentence(error)
+
+
+def test_a_damaged_middle_names_the_frame(clip, tmp_path):
+    path = clip("whole.mp4", count=60, options={"g": "60", "bf": "0"}, container_options={"movflags": "faststart"})
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    data = bytearray(path.read_bytes())
+    start, size = packets[30]
+    data[start : start + size] = bytes([255]) * size
+    (tmp_path / "damaged.mp4").write_bytes(data)
+    with VideoReader(tmp_path / "damaged.mp4") as reader, pytest.raises(TruncatedVideoError, match="frame 30") as error:
+        reader.read([10, 30])
+    one_sentence(error)
+    assert error.value.frames == 30
+
+
+def test_all_errors_are_value_errors():
+    for kind in (EmptyVideoError, NotAVideoError, NoVideoStreamError, TruncatedVideoError, VideoNotFoundError):
+        assert issubclass(kind, VideoReadError) and issubclass(kind, ValueError)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+LONG_FILE = """
+import resource, sys
+sys.path.insert(0, {root!r})
+from modeling_keye.video_processing_keye import KeyeVideoProcessor
+processor = KeyeVideoProcessor()
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+options = processor._options({{}})
+frames, metadata = processor._load_file({path!r}, options)
+print(len(frames), metadata.duration, peak() - before)
+"""
+
+
+def test_two_hours_are_sampled_in_bounded_memory(tmp_path):
+    path = tmp_path / "long.mp4"
+    seconds = 2 * 60 * 60
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=5, options={"preset": "ultrafast", "g": "50"})
+        stream.height = stream.width = 64
+        stream.pix_fmt = "yuv420p"
+        pictures = [av.VideoFrame.from_ndarray(picture(index, 64, 64), format="rgb24") for index in range(50)]
+        for index in range(seconds * 5):
+            frame = pictures[index % 50]
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", LONG_FILE.format(root=root, path=str(path))], capture_output=True, text=True, check=True
+    )
+    count, duration, extra = done.stdout.split()
+    assert int(count) == 2880 and float(duration) == pytest.approx(seconds)
+    assert float(extra) < 300, f"{extra} MiB above the start"

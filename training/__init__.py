@@ -1,0 +1,1 @@
+"""Training recipes: synthetic videos with known answers, and the script that makes `checkpoints/keye-tiny`."""
