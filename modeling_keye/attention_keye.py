@@ -4,6 +4,7 @@ MLA is computed in absorbed form against the latent cache (DeepSeek-V2 report, s
 moves into the query and the value up-projection behind the attention, so that the cache holds one row per token.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -436,4 +437,4 @@ def _yarn_temperature(rope_parameters: dict) -> float:
     factor = rope_parameters.get("factor", 1.0)
     if rope_parameters["rope_type"] == "default" or not mscale or factor <= 1:
         return 1.0
-    return (0.1 * mscale * torch.tensor(factor, dtype=torch.float64).log().item() + 1.0) ** 2
+    return (0.1 * mscale * math.log(factor) + 1.0) ** 2

@@ -27,6 +27,7 @@ INTERRUPTED = 130
 
 # The embedded checkpoint lies beside the package in a checkout; an installed wheel does not carry it.
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "keye-tiny"
+MODEL_TYPE = "keye"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Longest answer where neither the option nor the context says less.
 MAX_NEW_TOKENS = 256
@@ -251,7 +252,9 @@ def _find_checkpoint(name: str) -> Path:
         folder = _download_checkpoint(name)
     if not folder.is_dir():
         raise InputError(f"{name} is not a folder; --model takes the folder that holds config.json and *.safetensors")
-    _read_json(folder / "config.json", "the configuration")
+    model_type = _read_json(folder / "config.json", "the configuration").get("model_type")
+    if model_type != MODEL_TYPE:
+        raise InputError(f"{folder} holds a model of type {model_type!r}; this command reads type {MODEL_TYPE!r}")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         pickles = sorted(path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern))

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .presets_keye import PRESETS
 
@@ -84,6 +85,11 @@ class KeyeVisionConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         for name in ("patch_size", "spatial_merge_size", "num_attention_heads", "encode_chunk_patches"):
             _positive(name, getattr(self, name))
+        if self.temporal_patch_size != 1:
+            raise ValueError(
+                f"`temporal_patch_size` is {self.temporal_patch_size}; the Keye tower encodes every frame by itself, so "
+                "it must be 1."
+            )
         _one_of("video_attention", self.video_attention, ("frame", "clip"))
         _one_of("projector_norm", self.projector_norm, ("post_merge", "pre_merge"))
         if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 4:
@@ -195,6 +201,8 @@ class KeyeTextConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 1
 
     def __post_init__(self, **kwargs):
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+            _positive(name, getattr(self, name))
         if self.rope_parameters is None and "rope_theta" not in kwargs and "rope_scaling" not in kwargs:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
             if self.attention_type == "mla":
@@ -240,9 +248,22 @@ class KeyeTextConfig(PreTrainedConfig):
         _one_of("attention_type", self.attention_type, ("mla", "gqa"))
         _one_of("indexer_type", self.indexer_type, ("deepseek_v32", "keye_vl_2", None))
         _one_of("scoring_func", self.scoring_func, ("sigmoid", "softmax"))
-        for name in ("index_topk", "index_n_heads", "index_head_dim", "anchor_stride", "prefill_chunk_size"):
+        counts = ["index_topk", "index_n_heads", "index_head_dim", "anchor_stride", "prefill_chunk_size"]
+        if self.attention_type == "mla":
+            counts += ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
+        for name in (*counts, "head_dim", "max_position_embeddings"):
             _positive(name, getattr(self, name))
         _positive("local_window", self.local_window, least=0)
+        if self.attention_dropout:
+            raise ValueError(
+                f"`attention_dropout` is {self.attention_dropout}; the decoder's attention has no dropout, so it must be 0."
+            )
+        rope_types = ("default", *ROPE_INIT_FUNCTIONS)
+        if self.rope_parameters["rope_type"] not in rope_types:
+            raise ValueError(
+                f"`rope_parameters` has `rope_type` {self.rope_parameters['rope_type']!r}; known: {', '.join(rope_types)}. "
+                "Three-axis positions are 'default' together with `mrope_section`."
+            )
         if self.indexer_type == "deepseek_v32":
             if self.attention_type == "gqa" or self.q_lora_rank is None:
                 raise ValueError(
@@ -255,6 +276,11 @@ class KeyeTextConfig(PreTrainedConfig):
                     f"`index_head_dim` {self.index_head_dim} is smaller than `qk_rope_head_dim` "
                     f"{self.qk_rope_head_dim}: the deepseek_v32 indexer rotates its first `qk_rope_head_dim` dimensions."
                 )
+        if self.indexer_type == "keye_vl_2" and self.index_head_dim % 2:
+            raise ValueError(
+                f"`index_head_dim` is {self.index_head_dim}; the keye_vl_2 indexer rotates all its dimensions in pairs, so "
+                "it must be even."
+            )
         if self.attention_type == "gqa" and self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` {self.num_attention_heads} is not a multiple of `num_key_value_heads` "
@@ -287,6 +313,8 @@ class KeyeTextConfig(PreTrainedConfig):
         if unknown := sorted(set(self.layer_types) - {INDEXED_LAYER_TYPE, "full_attention"}):
             raise ValueError(f"`layer_types` holds {unknown}; use 'indexed_attention' or 'full_attention'.")
         if "sparse" in self.mlp_layer_types:
+            for name in ("moe_intermediate_size", "num_experts_per_tok"):
+                _positive(name, getattr(self, name))
             if self.num_experts_per_tok > self.n_routed_experts:
                 raise ValueError(
                     f"`num_experts_per_tok` {self.num_experts_per_tok} exceeds `n_routed_experts` "

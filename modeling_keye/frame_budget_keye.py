@@ -142,6 +142,9 @@ def smart_resize(
     if new_height * new_width > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
         new_height, new_width = (math.floor(side / scale / factor) * factor for side in (height, width))
+        if new_height * new_width < min_pixels:
+            # Where the limits leave one size only, rounding errors of the division must not miss it.
+            new_height, new_width = (math.floor(side / scale / factor + 1e-6) * factor for side in (height, width))
     elif new_height * new_width < min_pixels:
         scale = math.sqrt(min_pixels / (height * width))
         new_height, new_width = (math.ceil(side * scale / factor) * factor for side in (height, width))

@@ -297,6 +297,8 @@ class KeyeTextModel(KeyePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, num_queries = inputs_embeds.shape[:2]
+        if num_queries == 0:
+            raise ValueError("The input holds no token; pass at least one.")
         chunk = self._chunk_size(num_queries, kwargs)
         keep_cache = use_cache
         if past_key_values is None and (use_cache or chunk < num_queries):

@@ -15,8 +15,8 @@ import torch
 # larger blocks fall out of the cache, smaller ones lose the matrix product.
 _QUERY_BLOCK = 128
 _SCORE_TILE_ELEMENTS = 2**21
-# Elements of the gathered rows [queries, K, width] per attention step.
-_GATHER_ELEMENTS = 2**21
+# Elements of the gathered rows [queries, K, width] per attention step: 64 queries of 256 keys of 160.
+_GATHER_ELEMENTS = 5 * 2**19
 # Queries per dense step when a mask has to be built.
 _DENSE_QUERY_BLOCK = 256
 
@@ -28,74 +28,60 @@ def forced_count(num_visible: int, local_window: int | None, anchor_stride: int 
     return window + anchors
 
 
-def _forced_indices(
-    slots: torch.Tensor, start: int, local_window: int | None, anchor_stride: int | None
+def _forced_slots(
+    slots: torch.Tensor, start: int, local_window: int | None, anchor_stride: int | None, unused: int
 ) -> torch.Tensor:
-    """Window and anchors of each query, [n, K] ascending with -1 at the end; no indexer, no padding inside."""
-    n = slots.shape[0]
-    last = int(slots[-1]) + 1
+    """Window and anchors of the queries at `slots` [n]: [n, F], unique, `unused` where a query has fewer."""
     parts = []
     if anchor_stride is not None:
-        anchors = torch.arange(start, max(last, start), anchor_stride, device=slots.device).expand(n, -1)
+        anchors = torch.arange(start, max(int(slots[-1]) + 1, start), anchor_stride, device=slots.device)
+        anchors = anchors.expand(slots.shape[0], -1)
         oldest_in_window = slots + 1 if local_window is None else slots - local_window
-        parts.append(anchors.masked_fill(anchors >= oldest_in_window[:, None], -1))
+        parts.append(anchors.masked_fill(anchors >= oldest_in_window[:, None], unused))
     if local_window is not None:
         window = slots[:, None] + torch.arange(-local_window, 1, device=slots.device)
-        parts.append(window.masked_fill(window < start, -1))
+        parts.append(window.masked_fill(window < start, unused))
+    if not parts:
+        return slots.new_empty(slots.shape[0], 0)
     return torch.cat(parts, dim=1)
 
 
-def _compact(kept: torch.Tensor, width: int) -> torch.Tensor:
-    """Ascending positions of the True entries of `kept` [n, T], padded with -1 to [n, width]."""
-    rows, columns = kept.nonzero(as_tuple=True)
-    counts = kept.sum(dim=-1)
-    first = counts.cumsum(0) - counts
-    indices = torch.full((kept.shape[0], width), -1, dtype=torch.int32, device=kept.device)
-    place = torch.arange(rows.shape[0], device=kept.device) - first[rows]
-    indices[rows, place] = columns.to(torch.int32)
-    return indices
-
-
-def _keep_topk(scores: torch.Tensor, topk: int) -> torch.Tensor:
-    """Bool mask of the `topk` largest entries per row of `scores` [n, T]; ties go to the lowest position.
-
-    Entries of -inf are not candidates and are never kept.
+def _topk_slots(scores: torch.Tensor, topk: int, unused: int) -> torch.Tensor:
+    """Positions of the `topk` largest entries per row of `scores` [n, T], in any order; ties go to the lowest
+    position. Entries of -inf are no candidates: `unused` stands in their place.
     """
-    candidates = scores > -math.inf
-    if topk >= scores.shape[-1]:
-        return candidates
-    threshold = scores.topk(topk, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-    kept = (scores >= threshold) & candidates
-    tied = (kept.sum(dim=-1) > topk).nonzero().squeeze(-1)
-    if tied.numel():
-        above = scores[tied] > threshold[tied]
-        equal = scores[tied] == threshold[tied]
-        room = topk - above.sum(dim=-1, keepdim=True)
-        kept[tied] = above | (equal & (equal.cumsum(dim=-1) <= room))
-    return kept
+    # One more than needed: equality of the last two values is the only case that `topk` leaves open.
+    best = scores.topk(min(topk + 1, scores.shape[-1]), dim=-1)
+    slots = best.indices[:, :topk].masked_fill(best.values[:, :topk] == -math.inf, unused)
+    if best.values.shape[-1] > topk:
+        threshold, following = best.values[:, topk - 1], best.values[:, topk]
+        for row in ((threshold == following) & (threshold > -math.inf)).nonzero().squeeze(-1).tolist():
+            above = (scores[row] > threshold[row]).nonzero().squeeze(-1)
+            equal = (scores[row] == threshold[row]).nonzero().squeeze(-1)
+            slots[row] = torch.cat([above, equal[: topk - above.shape[0]]])
+    return slots
 
 
-def index_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Indexer scores `sum_j w[s,j] relu(q[s,j] . k[t])` of one block, tile by tile.
+def index_scores(
+    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, buffer: torch.Tensor
+) -> torch.Tensor:
+    """Indexer scores `sum_j w[s,j] relu(q[s,j] . k[t])` of one block of queries, tile by tile, into `out`.
 
-    q [S, Hi, Di], k [T, Di], weights [S, Hi] -> float32 [S, T]. NaN becomes the lowest finite value, so that a
-    visible key always remains a candidate.
+    q [S, Hi, Di], k [T, Di], weights [S, Hi], out float32 [S, T], buffer: float32 scratch. NaN becomes the lowest
+    finite value, so that a visible key always remains a candidate.
     """
     num_queries, heads, _ = q.shape
-    scores = torch.empty(num_queries, k.shape[0], dtype=torch.float32, device=q.device)
     q = q.float().reshape(num_queries * heads, -1)
     weights = weights.float().unsqueeze(1)  # [S, 1, Hi]
-    tile = max(64, _SCORE_TILE_ELEMENTS // (num_queries * heads))
-    buffer = torch.empty(num_queries * heads * min(tile, k.shape[0]), dtype=torch.float32, device=q.device)
+    tile = max(64, buffer.shape[0] // (num_queries * heads))
     for begin in range(0, k.shape[0], tile):
         keys = k[begin : begin + tile].float()
         products = buffer[: q.shape[0] * keys.shape[0]].view(q.shape[0], keys.shape[0])
         torch.mm(q, keys.T, out=products).relu_()
-        scores[:, begin : begin + keys.shape[0]] = torch.bmm(
-            weights, products.view(num_queries, heads, keys.shape[0])
-        ).squeeze(1)
+        products = products.view(num_queries, heads, keys.shape[0])
+        out[:, begin : begin + keys.shape[0]] = torch.bmm(weights, products).squeeze(1)
     lowest = torch.finfo(torch.float32).min
-    return scores.nan_to_num_(nan=lowest, neginf=lowest)
+    return out.nan_to_num_(nan=lowest, neginf=lowest)
 
 
 @torch.no_grad()
@@ -116,41 +102,37 @@ def select_tokens(
 ) -> torch.Tensor:
     """See `sparse_attention_keye.select_tokens`."""
     out = torch.full((batch_size, num_queries, width), -1, dtype=torch.int32, device=device)
+    num_keys = query_offset + num_queries
+    block = min(num_queries, _QUERY_BLOCK)
+    if topk is not None:
+        # One spare column, never a candidate: what is masked by position can point at it.
+        score_buffer = torch.empty(block, num_keys + 1, dtype=torch.float32, device=device)
+        tile = min(num_keys, max(64, _SCORE_TILE_ELEMENTS // (block * q.shape[2])))
+        product_buffer = torch.empty(block * q.shape[2] * tile, dtype=torch.float32, device=device)
     for b in range(batch_size):
-        valid = None
-        start = 0
+        valid, start = None, 0
         if key_mask is not None and not bool(key_mask[b].all()):
-            valid = key_mask[b].bool()
-            start = int(valid.to(torch.uint8).argmax()) if bool(valid.any()) else valid.shape[0]
-        for begin in range(0, num_queries, _QUERY_BLOCK):
-            end = min(begin + _QUERY_BLOCK, num_queries)
+            valid = torch.cat([key_mask[b].bool(), key_mask.new_zeros(1, dtype=torch.bool)])
+            start = int(valid.to(torch.uint8).argmax()) if bool(valid.any()) else num_keys
+        for begin in range(0, num_queries, block):
+            end = min(begin + block, num_queries)
             slots = torch.arange(query_offset + begin, query_offset + end, device=device)
-            last = query_offset + end
-            if topk is None and (valid is None or bool(valid[start:last].all())):
-                forced = _forced_indices(slots, start, local_window, anchor_stride)
-                kept = None
-            else:
-                positions = torch.arange(last, device=device)
-                visible = positions <= slots[:, None]
+            kept = _forced_slots(slots, start, local_window, anchor_stride, unused=num_keys)
+            if valid is not None:
+                kept = kept.masked_fill(~valid[kept], num_keys)
+            if topk is not None:
+                last = query_offset + end
+                scores = score_buffer[: end - begin, : last + 1]
+                index_scores(q[b, begin:end], k[b, :last], weights[b, begin:end], scores[:, :last], product_buffer)
+                scores[:, last] = -math.inf
+                future = torch.arange(query_offset + begin, last, device=device) > slots[:, None]
+                scores[:, query_offset + begin : last].masked_fill_(future, -math.inf)
                 if valid is not None:
-                    visible &= valid[:last]
-                kept = torch.zeros_like(visible)
-                if local_window is not None:
-                    kept |= visible & (positions >= slots[:, None] - local_window)
-                if anchor_stride is not None:
-                    kept |= visible & ((positions - start) % anchor_stride == 0)
-                if topk is not None:
-                    scores = index_scores(q[b, begin:end], k[b, :last], weights[b, begin:end])
-                    scores.masked_fill_(~(visible & ~kept), -math.inf)
-                    kept |= _keep_topk(scores, topk)
-                forced = None
-            if forced is not None:
-                # Rows are padded inside; a stable sort on "unused" keeps the ascending order of the rest.
-                order = (forced < 0).to(torch.uint8).argsort(dim=-1, stable=True)
-                forced = forced.gather(1, order)[:, :width]
-                out[b, begin:end, : forced.shape[1]] = forced.to(torch.int32)
-            else:
-                out[b, begin:end] = _compact(kept, width)
+                    scores.masked_fill_(~valid[: last + 1], -math.inf)
+                scores.scatter_(1, kept.clamp(max=last), -math.inf)
+                kept = torch.cat([kept, _topk_slots(scores, topk, unused=num_keys)], dim=1)
+            kept = kept.to(torch.int32).sort(dim=-1).values[:, :width]
+            out[b, begin:end, : kept.shape[1]] = kept.masked_fill_(kept == num_keys, -1)
     return out
 
 
@@ -163,19 +145,7 @@ class _SparseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, indices, scaling, value_dim):
-        batch, num_queries, heads, dim = q.shape
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        out = q.new_empty(batch, num_queries, heads, value_dim)
-        lse = torch.empty(batch, num_queries, heads, dtype=dtype, device=q.device)
-        for b, part, g, head in _chunks(q, k, indices, value_dim):
-            picked = indices[b, part]
-            keys = _gather(k[b, g], picked)  # [n, K, D]
-            values = keys[..., :value_dim] if v is None else _gather(v[b, g], picked)
-            scores = torch.bmm(q[b, part, head].to(dtype) * scaling, keys.transpose(1, 2))  # [n, h, K]
-            probs, chunk_lse = _softmax(scores, (picked < 0)[:, None, :])
-            chunk_out = torch.bmm(probs, values)
-            out[b, part, head] = chunk_out.masked_fill_(chunk_lse.unsqueeze(-1) == -math.inf, 0.0).to(q.dtype)
-            lse[b, part, head] = chunk_lse
+        out, lse = _gathered_attention(q, k, v, indices, scaling, value_dim)
         ctx.save_for_backward(q, k, v, indices, out, lse)
         ctx.scaling, ctx.value_dim = scaling, value_dim
         ctx.mark_non_differentiable(lse)
@@ -188,11 +158,12 @@ class _SparseAttention(torch.autograd.Function):
         grad_q = torch.empty_like(q)
         grad_k = torch.zeros(k.shape, dtype=dtype, device=k.device)
         grad_v = None if v is None else torch.zeros(v.shape, dtype=dtype, device=v.device)
-        for b, part, g, head in _chunks(q, k, indices, ctx.value_dim):
+        scratch = _Scratch(q.device)
+        for b, part, g, head in _chunks(q, k, indices):
             picked = indices[b, part]
             unused = (picked < 0)[:, None, :]
-            keys = _gather(k[b, g], picked)
-            values = keys[..., : ctx.value_dim] if v is None else _gather(v[b, g], picked)
+            keys = scratch.gather("keys", k[b, g], picked)
+            values = keys[..., : ctx.value_dim] if v is None else scratch.gather("values", v[b, g], picked)
             queries, grad = q[b, part, head].to(dtype), grad_out[b, part, head].to(dtype)
             scores = torch.bmm(queries * ctx.scaling, keys.transpose(1, 2)).masked_fill_(unused, -math.inf)
             norm = lse[b, part, head].unsqueeze(-1)
@@ -200,7 +171,9 @@ class _SparseAttention(torch.autograd.Function):
             delta = (out[b, part, head].to(dtype) * grad).sum(dim=-1, keepdim=True)
             grad_scores = torch.bmm(grad, values.transpose(1, 2)).sub_(delta).mul_(probs).mul_(ctx.scaling)
             grad_scores.masked_fill_(unused, 0.0)
-            grad_q[b, part, head] = torch.bmm(grad_scores, keys).to(q.dtype)
+            # Without any key the gathered row is row 0, which may hold NaN; 0 * NaN must not reach the gradient.
+            grad_queries = torch.bmm(grad_scores, keys).masked_fill_(norm == -math.inf, 0.0)
+            grad_q[b, part, head] = grad_queries.to(q.dtype)
             grad_keys = torch.bmm(grad_scores.transpose(1, 2), queries)  # [n, K, D]
             grad_values = torch.bmm(probs.transpose(1, 2), grad)  # [n, K, Dv]
             rows = _safe_rows(picked).reshape(-1)
@@ -212,10 +185,68 @@ class _SparseAttention(torch.autograd.Function):
         return grad_q, grad_k.to(k.dtype), None if v is None else grad_v.to(v.dtype), None, None, None
 
 
-def _chunks(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor, value_dim: int):
+def _gathered_attention(q, k, v, indices, scaling, value_dim) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, num_queries, heads, _ = q.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_empty(batch, num_queries, heads, value_dim)
+    lse = torch.empty(batch, num_queries, heads, dtype=dtype, device=q.device)
+    scratch = _Scratch(q.device)
+    for b, part, g, head in _chunks(q, k, indices):
+        picked = indices[b, part]
+        keys = scratch.gather("keys", k[b, g], picked)  # [n, K, D]
+        values = keys[..., :value_dim] if v is None else scratch.gather("values", v[b, g], picked)
+        queries = q[b, part, head].to(dtype) * scaling
+        scores = scratch.take("scores", (*queries.shape[:2], picked.shape[-1]), dtype)  # [n, h, K]
+        torch.bmm(queries, keys.transpose(1, 2), out=scores)
+        blind = _hide_unused(scores, picked)
+        probs = torch.softmax(scores, dim=-1, out=scratch.take("probs", scores.shape, dtype))
+        # At the largest score the probability is 1 / sum(exp(s - max)).
+        chunk_lse = scores.amax(dim=-1) - probs.amax(dim=-1).log()
+        chunk_out = torch.bmm(probs, values)
+        if blind is not None:
+            chunk_lse.masked_fill_(blind, -math.inf)
+            chunk_out.masked_fill_(blind.unsqueeze(-1), 0.0)
+        out[b, part, head], lse[b, part, head] = chunk_out.to(q.dtype), chunk_lse
+    return out, lse
+
+
+def _hide_unused(scores: torch.Tensor, picked: torch.Tensor) -> torch.Tensor | None:
+    """Mask unused places of scores [n, h, K]; returns which rows have no key at all [n, 1], None if none does."""
+    unused = picked < 0
+    if not bool(unused.any()):
+        return None
+    blind = unused.all(dim=-1, keepdim=True)
+    scores.masked_fill_((unused & ~blind)[:, None, :], -math.inf)
+    return blind if bool(blind.any()) else None
+
+
+class _Scratch:
+    """Buffers of one call, reused from chunk to chunk: fresh pages cost as much as the matrix products."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        size = math.prod(shape)
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.shape[0] < size or buffer.dtype != dtype:
+            buffer = self.buffers[name] = torch.empty(size, dtype=dtype, device=self.device)
+        return buffer[:size].view(shape)
+
+    def gather(self, name: str, rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """rows [T, D], indices [n, K] -> [n, K, D] in float32 (float64 stays)."""
+        safe = _safe_rows(indices).reshape(-1)
+        picked = self.take(name, (safe.shape[0], rows.shape[-1]), rows.dtype)
+        torch.index_select(rows, 0, safe, out=picked)
+        picked = picked.view(*indices.shape, rows.shape[-1])
+        return picked.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _chunks(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor):
     """(batch row, slice of queries, key group, slice of its query heads) so that gathered rows stay bounded."""
     heads, groups = q.shape[2], k.shape[1]
-    step = max(1, _GATHER_ELEMENTS // max(1, indices.shape[-1] * (k.shape[-1] + value_dim)))
+    step = max(1, _GATHER_ELEMENTS // max(1, indices.shape[-1] * k.shape[-1]))
     for b in range(q.shape[0]):
         for begin in range(0, q.shape[1], step):
             for g in range(groups):
@@ -223,36 +254,29 @@ def _chunks(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor, value_dim: 
 
 
 def _safe_rows(indices: torch.Tensor) -> torch.Tensor:
-    """Unused places point at the query's own first key: never at row 0, whose content may be padding or NaN."""
-    return torch.where(indices >= 0, indices, indices[:, :1].clamp(min=0))
+    """Unused places point at a key of the same query: never at row 0, whose content may be padding or NaN."""
+    return torch.where(indices >= 0, indices, indices.amax(dim=-1, keepdim=True).clamp(min=0))
 
 
-def _gather(rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """rows [T, D], indices [n, K] -> [n, K, D] in float32 (float64 stays)."""
-    picked = rows.index_select(0, _safe_rows(indices).reshape(-1)).view(*indices.shape, rows.shape[-1])
-    return picked.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-def _softmax(scores: torch.Tensor, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities and log-sum-exp over the last axis, in place; a row with no key gives zeros and -inf."""
-    scores.masked_fill_(unused, -math.inf)
-    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
-    scores.sub_(lse.masked_fill(lse == -math.inf, 0.0)).exp_()
-    return scores, lse.squeeze(-1)
+def _attention(q, k, v, indices, scaling, value_dim) -> tuple[torch.Tensor, torch.Tensor]:
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or (v is not None and v.requires_grad)):
+        return _SparseAttention.apply(q, k, v, indices, scaling, value_dim)
+    with torch.no_grad():  # `out=` arguments refuse inputs that require a gradient
+        return _gathered_attention(q, k, v, indices, scaling, value_dim)
 
 
 def sparse_mla(
     q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, scaling: float, value_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `sparse_attention_keye.sparse_mla`."""
-    return _SparseAttention.apply(q, kv.unsqueeze(1), None, indices, scaling, value_dim)
+    return _attention(q, kv.unsqueeze(1), None, indices, scaling, value_dim)
 
 
 def sparse_gqa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `sparse_attention_keye.sparse_gqa`."""
-    return _SparseAttention.apply(q, k, v, indices, scaling, v.shape[-1])
+    return _attention(q, k, v, indices, scaling, v.shape[-1])
 
 
 def dense_attention(

@@ -22,14 +22,26 @@ TOKENS_PER_FRAME = (GRID // MERGE_SIZE) ** 2
 IGNORE = -100
 
 
+
+@dataclass(frozen=True)
+class Example:
+    """A clip and its questions; shown in words or in pixels; asked as chat turns or as terse drills in a row."""
+
+    clip: Clip
+    questions: list[Question]
+    words: bool = False
+    drill: bool = False
+
+
 @dataclass(frozen=True)
 class Mixture:
-    """What the clips of a stage look like; see `ClipBatches`."""
+    """What the clips of a stage look like; `words` and `drills` are shares of the examples."""
 
     clips: int
     frames: tuple[int, int]
     questions: int = 8
     words: float = 0.0
+    drills: float = 0.0
     kinds: tuple[str, ...] = KINDS
 
 
@@ -73,21 +85,33 @@ class ConversationEncoder:
                 tokens += [self.video_token_id] * TOKENS_PER_FRAME
         return tokens + self.ids("<|vision_end|>")
 
-    def conversation(self, clip: Clip, questions: list[Question], words: bool = False) -> tuple[list[int], list[int]]:
+    def answer(self, question: Question, drill: bool = False) -> list[int]:
+        """Token ids that carry labels."""
+        return self.ids(question.answer) + ([] if drill else self.ids("<|im_end|>"))
+
+    def conversation(self, example: Example) -> tuple[list[int], list[int]]:
         """Token ids and labels of a clip with all its questions and answers."""
-        tokens: list[int] = []
-        labels: list[int] = []
-        for turn, question in enumerate(questions):
-            prompt = self.ids("<|im_start|>user\n") + (self.video(clip, words) if turn == 0 else [])
-            prompt = prompt + self.ids(question.text) + self.ids("<|im_end|>\n<|im_start|>assistant\n")
-            answer = self.ids(question.answer) + self.ids("<|im_end|>")
+        start, turn, end = self.ids("<|im_start|>user\n"), [], []
+        if not example.drill:
+            turn, end = start, self.ids("<|im_end|>\n<|im_start|>assistant\n")
+        video = self.video(example.clip, example.words)
+        tokens = start + video
+        labels = [IGNORE] * len(tokens)
+        if example.words and example.drill:
+            # The second half of a frame repeats the first: learning that makes the heads that look a token or two back.
+            frame = [IGNORE] * (2 + TOKENS_PER_FRAME // 2) + [1] * (TOKENS_PER_FRAME // 2)
+            repeats = [IGNORE, *frame * len(example.clip.things), IGNORE]
+            labels[len(start) :] = [token if repeat == 1 else IGNORE for token, repeat in zip(video, repeats)]
+        for number, question in enumerate(example.questions):
+            prompt = (turn if number else []) + self.ids(question.text) + end
+            answer = self.answer(question, example.drill)
             tokens += prompt + answer
             labels += [IGNORE] * len(prompt) + answer
         return tokens, labels
 
-    def batch(self, examples: list[tuple[Clip, list[Question], bool]]) -> dict[str, torch.Tensor]:
+    def batch(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         """Pad conversations on the right and render the clips that are shown as pixels."""
-        rows = [self.conversation(*example) for example in examples]
+        rows = [self.conversation(example) for example in examples]
         length = max(len(tokens) for tokens, _ in rows)
         input_ids = torch.full((len(rows), length), self.pad_token_id)
         labels = torch.full((len(rows), length), IGNORE)
@@ -102,7 +126,7 @@ class ConversationEncoder:
             "mm_token_type_ids": (input_ids == self.video_token_id).long() * 2,
             "labels": labels,
         }
-        seen = [clip for clip, _, words in examples if not words]
+        seen = [example.clip for example in examples if not example.words]
         if seen:
             batch["pixel_values_videos"] = patches(np.concatenate([render(clip) for clip in seen]))
             batch["video_grid_thw"] = torch.tensor([[len(clip.things), GRID, GRID] for clip in seen])
@@ -119,7 +143,7 @@ class ClipBatches(IterableDataset):
         self.mixture = mixture
         self.seed = seed
 
-    def __iter__(self) -> Iterator[list[tuple[Clip, list[Question], bool]]]:
+    def __iter__(self) -> Iterator[list[Example]]:
         mixture = self.mixture
         rng = np.random.default_rng([self.seed, 1])
         shortest, longest = mixture.frames
@@ -127,24 +151,25 @@ class ClipBatches(IterableDataset):
             centre = int(rng.integers(shortest, longest + 1))
             frames = (max(shortest, centre - 1), min(longest, centre + 1))
             # Equal work per step: short clips come in larger groups.
-            size = max(1, round(mixture.clips * (shortest + longest) / 2 / centre)) if longest > shortest else mixture.clips
-            size = min(size, 2 * mixture.clips)
+            size = round(mixture.clips * ((shortest + longest) / 2 / centre) ** 0.5)
             examples = []
             for _ in range(size):
                 clip = make_clip(rng, frames)
-                questions = make_questions(clip, rng, mixture.questions, mixture.kinds)
-                examples.append((clip, questions, bool(rng.random() < mixture.words)))
+                words, drill = rng.random() < mixture.words, rng.random() < mixture.drills
+                number = 2 * mixture.questions if drill else mixture.questions
+                questions = make_questions(clip, rng, number, mixture.kinds, drill)
+                examples.append(Example(clip, questions, words, drill))
             yield examples
 
 
 class FrameBatches(IterableDataset):
-    """Endless single frames with the words they show, for the vision tower alone. One item is one batch."""
+    """Endless batches of clips for the vision tower alone; a function of the seed. One item is one batch."""
 
-    def __init__(self, frames: int, seed: int):
-        self.frames = frames
+    def __init__(self, clips: int, seed: int):
+        self.clips = clips
         self.seed = seed
 
     def __iter__(self) -> Iterator[list[Clip]]:
         rng = np.random.default_rng([self.seed, 2])
         while True:
-            yield [make_clip(rng, (8, 8)) for _ in range(self.frames // 8)]
+            yield [make_clip(rng, (8, 8)) for _ in range(self.clips)]

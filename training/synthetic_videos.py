@@ -90,6 +90,17 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# The same questions in a word or two, asked in a row without chat marks: many answers per token, to learn retrieval from.
+DRILLS = {
+    "what": "shape {time}",
+    "both": "{time}",
+    "colour": "color {time}",
+    "when": "{thing}",
+    "count": "many {things}",
+    "after": "after {thing}",
+    "before": "before {thing}",
+}
+
 
 @dataclass(frozen=True)
 class Thing:
@@ -184,10 +195,13 @@ def candidates(clip: Clip) -> dict[str, list[tuple[str, dict[str, str], str]]]:
     return found
 
 
-def make_questions(clip: Clip, rng: np.random.Generator, number: int, kinds: tuple[str, ...] = KINDS) -> list[Question]:
+def make_questions(
+    clip: Clip, rng: np.random.Generator, number: int, kinds: tuple[str, ...] = KINDS, drill: bool = False
+) -> list[Question]:
     """Draw up to `number` different questions, kinds in equal shares as far as the clip allows.
 
-    Numbers are asked for by value, so that "0" and "1" do not crowd out larger counts.
+    Numbers are asked for by value, so that "0" and "1" do not crowd out larger counts. With `drill` the questions are
+    the terse ones of `DRILLS`.
     """
     pools = {kind: pool for kind, pool in candidates(clip).items() if pool and kind in kinds}
     questions = []
@@ -207,7 +221,7 @@ def make_questions(clip: Clip, rng: np.random.Generator, number: int, kinds: tup
             del pools[kind]
             order = [name for name in order if name != kind]
         template, fields, answer = entry
-        texts = TEMPLATES[template]
+        texts = (DRILLS[template],) if drill else TEMPLATES[template]
         questions.append(Question(kind, texts[rng.integers(len(texts))].format(**fields), answer))
     return questions
 

@@ -242,7 +242,8 @@ def test_sound_only(tmp_path):
 @pytest.mark.parametrize("name", ["empty.mkv", "empty.mp4", "empty.avi"])
 def test_zero_frames(tmp_path, name):
     path = tmp_path / name
-    with av.open(str(path), "w") as container:
+    options = {"movflags": "frag_keyframe+empty_moov"} if name.endswith("mp4") else {}
+    with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("libx264", rate=10)
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv420p"
@@ -306,9 +307,10 @@ processor = KeyeVideoProcessor()
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
-options = processor._options({{}})
-frames, metadata = processor._load_file({path!r}, options)
-print(len(frames), metadata.duration, peak() - before)
+out = processor({path!r}, max_video_tokens=16384, return_metadata=True)
+whole = peak() - before
+frames, metadata = processor._load_file({path!r}, processor._options({{}}))
+print(len(out["pixel_values_videos"]), len(frames), metadata.duration, whole, peak() - before)
 """
 
 
@@ -316,11 +318,11 @@ def test_two_hours_are_sampled_in_bounded_memory(tmp_path):
     path = tmp_path / "long.mp4"
     seconds = 2 * 60 * 60
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=5, options={"preset": "ultrafast", "g": "50"})
+        stream = container.add_stream("libx264", rate=3, options={"preset": "ultrafast", "g": "30"})
         stream.height = stream.width = 64
         stream.pix_fmt = "yuv420p"
         pictures = [av.VideoFrame.from_ndarray(picture(index, 64, 64), format="rgb24") for index in range(50)]
-        for index in range(seconds * 5):
+        for index in range(seconds * 3):
             frame = pictures[index % 50]
             frame.pts = index
             container.mux(stream.encode(frame))
@@ -329,6 +331,8 @@ def test_two_hours_are_sampled_in_bounded_memory(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", LONG_FILE.format(root=root, path=str(path))], capture_output=True, text=True, check=True
     )
-    count, duration, extra = done.stdout.split()
-    assert int(count) == 2880 and float(duration) == pytest.approx(seconds)
-    assert float(extra) < 300, f"{extra} MiB above the start"
+    patches, frames, duration, whole, reading = map(float, done.stdout.split())
+    assert frames == 2880 and duration == pytest.approx(seconds)
+    # 16,384 tokens of pixels included; then the 2,880 frames of the default budget, before they become pixels.
+    assert patches == 4 * 16384 and whole < 300, f"{whole} MiB above the start"
+    assert reading < 300, f"{reading} MiB above the start"

@@ -1,0 +1,125 @@
+"""Ask a checkpoint questions about held-out clips: `python -m training.evaluate --model DIR --questions 500 --seed S`.
+
+Every clip is written to an H.264 file, read by the checkpoint's own processor and answered by greedy `generate`. An
+answer counts when it equals the expected one, letter case and outer spaces aside. The last line is one JSON document.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+import modeling_keye  # noqa: F401 registers the Auto classes
+
+from .synthetic_videos import FRAME_SIZE, KINDS, Clip, Question, make_clip, make_questions, write_video
+
+# Mixed into every seed, so that no seed of the training stream gives the same clips.
+HELD_OUT = 77_001
+
+
+def held_out(number: int, seed: int, frames: tuple[int, int] = (4, 12)) -> Iterator[tuple[Clip, Question]]:
+    """`number` clips with one question each; the kinds take turns."""
+    rng = np.random.default_rng([HELD_OUT, seed])
+    done = 0
+    while done < number:
+        clip = make_clip(rng, frames)
+        for question in make_questions(clip, rng, 1, (KINDS[done % len(KINDS)],)):
+            done += 1
+            yield clip, question
+
+
+def is_right(answer: str, expected: str) -> bool:
+    """Exact match, letter case and outer spaces aside."""
+    return answer.strip().lower() == expected.strip().lower()
+
+
+@torch.no_grad()
+def ask(model, processor, paths: list[Path], questions: list[str]) -> list[str]:
+    """Greedy answers to one question per video file."""
+    conversations = [
+        [{"role": "user", "content": [{"type": "video", "path": str(path)}, {"type": "text", "text": question}]}]
+        for path, question in zip(paths, questions)
+    ]
+    inputs = processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    ).to(model.device)
+    inputs.pop("video_metadata", None)
+    answers = model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(answers, skip_special_tokens=True)
+
+
+def score(results: list[tuple[Clip, Question, str]]) -> dict[str, object]:
+    """Exact match overall, per kind of question and per number of frames, in percent."""
+    groups: dict[str, dict[str, list[bool]]] = {"kind": defaultdict(list), "frames": defaultdict(list)}
+    groups["background"] = defaultdict(list)
+    for clip, question, answer in results:
+        right = is_right(answer, question.answer)
+        groups["kind"][question.kind].append(right)
+        groups["frames"][f"{len(clip.things):02d}"].append(right)
+        groups["background"][clip.background].append(right)
+    everything = [right for rights in groups["kind"].values() for right in rights]
+    return {
+        "questions": len(everything),
+        "exact_match": round(100 * sum(everything) / len(everything), 1),
+        **{
+            f"by_{name}": {key: round(100 * sum(rights) / len(rights), 1) for key, rights in sorted(group.items())}
+            for name, group in groups.items()
+        },
+    }
+
+
+def evaluate(
+    model, processor, questions: int, seed: int, frames: tuple[int, int] = (4, 12), size: int = FRAME_SIZE, batch: int = 20
+) -> tuple[dict[str, object], list[tuple[Clip, Question, str]]]:
+    """Scores and every (clip, question, answer) of a held-out set."""
+    results = []
+    pending = list(held_out(questions, seed, frames))
+    with tempfile.TemporaryDirectory() as folder:
+        for start in range(0, len(pending), batch):
+            group = pending[start : start + batch]
+            paths = [
+                write_video(clip, Path(folder) / f"{place}.mp4", size) for place, (clip, _) in enumerate(group)
+            ]
+            answers = ask(model, processor, paths, [question.text for _, question in group])
+            results += [(clip, question, answer) for (clip, question), answer in zip(group, answers)]
+            print(f"{len(results)} of {questions} questions", end="\r", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return score(results), results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Score a checkpoint on held-out clips read from H.264 files.")
+    parser.add_argument("--model", required=True, help="checkpoint folder or Hub name")
+    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--frames", type=int, nargs=2, default=(4, 12), metavar=("MIN", "MAX"))
+    parser.add_argument("--size", type=int, default=FRAME_SIZE, help="side of the written files in pixels")
+    parser.add_argument("--show-errors", type=int, default=0, metavar="N", help="print the first N wrong answers")
+    arguments = parser.parse_args()
+    model = AutoModelForMultimodalLM.from_pretrained(arguments.model).eval()
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    started = time.perf_counter()
+    scores, results = evaluate(
+        model, processor, arguments.questions, arguments.seed, tuple(arguments.frames), arguments.size
+    )
+    wrong = [entry for entry in results if not is_right(entry[2], entry[1].answer)]
+    for clip, question, answer in wrong[: arguments.show_errors]:
+        print(f"{len(clip.things)} frames: {question.text} expected {question.answer!r}, got {answer!r}")
+    print(json.dumps({**scores, "seed": arguments.seed, "seconds": round(time.perf_counter() - started, 1)}))
+
+
+if __name__ == "__main__":
+    main()

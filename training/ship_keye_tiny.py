@@ -1,0 +1,174 @@
+"""Write a trained keye-tiny as a checkpoint folder: `python -m training.ship_keye_tiny --run DIR --output DIR`.
+
+The folder holds weights, configuration, processor, tokenizer, remote code and a card. With `--questions` (default 500)
+the written files are then evaluated, as a user would load them, and the scores go into the card.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationConfig
+
+from modeling_keye import KeyeConfig, KeyeForVideoQA, KeyeImageProcessor, KeyeProcessor, KeyeVideoProcessor
+
+from .evaluate import evaluate
+from .synthetic_videos import FRAME_SIZE
+from .tokenizer import CHAT_TEMPLATE, build_tokenizer
+
+MAX_NEW_TOKENS = 8
+# Frames per video that the model has learned to read; longer videos are sampled down to this many.
+MAX_FRAMES = 16
+
+
+def build_processor() -> KeyeProcessor:
+    """The processor of keye-tiny: any frame becomes 56 x 56 pixels when it is square, four tokens in any case."""
+    pixels = FRAME_SIZE * FRAME_SIZE
+    return KeyeProcessor(
+        tokenizer=build_tokenizer(),
+        image_processor=KeyeImageProcessor(min_pixels=pixels, max_pixels=pixels),
+        video_processor=KeyeVideoProcessor(min_pixels=pixels, max_pixels=pixels, max_frames=MAX_FRAMES),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def generation_config(config: KeyeConfig) -> GenerationConfig:
+    """Greedy, short, and never a placeholder."""
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=MAX_NEW_TOKENS,
+        eos_token_id=config.text_config.eos_token_id,
+        pad_token_id=config.text_config.pad_token_id,
+        suppress_tokens=[config.image_token_id, config.video_token_id],
+    )
+
+
+def write_checkpoint(model: KeyeForVideoQA, output: Path) -> None:
+    """Save model, remote code and processor to `output`, replacing what an earlier run left there."""
+    if output.exists():
+        shutil.rmtree(output)
+    model.generation_config = generation_config(model.config)
+    model.save_pretrained(output)
+    build_processor().save_pretrained(output)
+
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+license: apache-2.0
+tags: [video-question-answering, sparse-attention]
+---
+
+# keye-tiny
+
+A {parameters:.1f} M parameter instance of `KeyeForVideoQA`, trained from scratch on synthetic clips, so that everything in
+the repository runs offline in seconds. It knows coloured shapes and nothing else of the world.
+
+```python
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+model = AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+content = [{{"type": "video", "path": "clip.mp4"}}, {{"type": "text", "text": "What is shown at 3.0 seconds?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+answer = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]
+print(processor.batch_decode(answer, skip_special_tokens=True)[0])
+```
+
+## What it can do
+
+Clips of 4 to 12 frames, each showing one coloured shape (red, orange, yellow, green, cyan, blue, purple, white; circle,
+square, triangle, star, cross; 24 to 44 of 56 pixels) or nothing, over plain, noisy or real backgrounds. Questions: what
+is shown at a time, its colour, when something appears, how many of a colour or shape (0 to 5), what comes right before or
+after. A shape lasts exactly one frame of the file.
+
+## How it was made
+
+```
+{command}
+```
+
+Seed {seed}; {stages}; {minutes} minutes in all on {threads} CPU threads, float32, torch {torch}, transformers {transformers}.
+
+The lightning indexer is **not trained**: its weights are as initialised. Prompts of such clips fit into its budget of
+{topk} tokens plus the window of {window}, where the selection keeps every token, so answers do not depend on it; longer prompts
+would be read through an untrained selection. Router correction biases are zero.
+
+## Scores
+
+Exact match in percent on {questions} held-out questions (unseen seed {eval_seed}; one question per clip of 4 to 12 frames, the
+five kinds in equal shares; backgrounds 40 % plain, 35 % noise, 25 % real footage), each through an H.264 file, the
+processor and greedy `generate`; printed by
+
+```
+python -m training.evaluate --model checkpoints/keye-tiny --questions {questions} --seed {eval_seed}
+```
+
+{table}
+
+## Limits
+
+Everything outside the distribution above: other objects, several objects at once, frames that are not square, more than
+{max_frames} frames (longer videos are sampled down to {max_frames}), free language. Unknown words become `<unk>`.
+"""
+
+
+def score_table(scores: dict) -> str:
+    """Scores of `evaluate` as a Markdown table."""
+    rows = [("all", scores["exact_match"])]
+    rows += [(f"{kind}", value) for kind, value in scores["by_kind"].items()]
+    rows += [(f"{int(frames)} frames", value) for frames, value in scores["by_frames"].items()]
+    rows += [(f"{background} background", value) for background, value in scores["by_background"].items()]
+    return "\n".join(["| questions | exact match |", "|---|---|", *(f"| {name} | {value:.1f} |" for name, value in rows)])
+
+
+def write_card(output: Path, model: KeyeForVideoQA, run: dict, scores: dict, eval_seed: int) -> None:
+    """Write `README.md` with the command, seed and scores that belong to the weights beside it."""
+    text = model.config.text_config
+    card = CARD.format(
+        parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        command=run["command"],
+        seed=run["seed"],
+        stages=", ".join(f"{stage['name']} {stage['steps']:,} steps" for stage in run["stages"]),
+        minutes=round(sum(stage["seconds"] for stage in run["stages"]) / 60),
+        threads=run["threads"],
+        torch=run["torch"],
+        transformers=run["transformers"],
+        topk=text.index_topk,
+        window=text.local_window,
+        questions=scores["questions"],
+        eval_seed=eval_seed,
+        table=score_table(scores),
+        max_frames=MAX_FRAMES,
+    )
+    (output / "README.md").write_text(card)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a trained keye-tiny as a checkpoint folder, with its scores.")
+    parser.add_argument("--run", type=Path, required=True, help="the --output of training.train_keye_tiny")
+    parser.add_argument("--output", type=Path, default=Path("checkpoints/keye-tiny"))
+    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the held-out clips")
+    arguments = parser.parse_args()
+
+    run = json.loads((arguments.run / "run.json").read_text())
+    model = KeyeForVideoQA(KeyeConfig.from_preset("keye-tiny"))
+    model.load_state_dict(torch.load(arguments.run / "weights.pt"))
+    write_checkpoint(model, arguments.output)
+
+    shipped = AutoModelForMultimodalLM.from_pretrained(arguments.output).eval()
+    processor = AutoProcessor.from_pretrained(arguments.output)
+    scores, _ = evaluate(shipped, processor, arguments.questions, arguments.seed)
+    write_card(arguments.output, shipped, run, scores, arguments.seed)
+    print(json.dumps(scores))
+
+
+if __name__ == "__main__":
+    main()
