@@ -56,7 +56,7 @@ format: $(READY) ## apply style and formatting
 	$(PY) -m ruff format .
 
 bench: $(READY) ## run every benchmark; each ends with one JSON line
-	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(PY) $$file; done
+	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(PY) -m benchmarks.$$(basename $$file .py); done
 
 # Users cannot pin a library for remote code, so the suite runs at both ends of the range, each in a fresh environment.
 # The packages that a transformers release bounds itself are freed from the pins.

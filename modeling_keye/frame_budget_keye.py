@@ -98,6 +98,9 @@ FAMILIES: dict[str, FrameBudget] = {
 
 DEFAULT_FAMILY = "keye_vl_2"
 
+# Options of Transformers' processors that would contradict the budget.
+UNSUPPORTED_OPTIONS = ("size", "crop_size", "do_center_crop", "do_pad")
+
 
 def family_budget(family: str | None, **overrides) -> FrameBudget:
     """The constants of `family`, with every override that is not None put in its place."""
@@ -117,6 +120,13 @@ def family_budget(family: str | None, **overrides) -> FrameBudget:
             "its smallest; raise max_video_tokens or lower min_pixels."
         )
     return budget
+
+
+def refuse_unsupported(options: dict) -> None:
+    """Sizes follow from the budget; an option that would set them otherwise must not be ignored."""
+    for name in UNSUPPORTED_OPTIONS:
+        if options.get(name):
+            raise ValueError(f"{name} is not supported; limit the area with min_pixels and max_pixels instead.")
 
 
 def smart_resize(

@@ -8,7 +8,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import load_image, validate_kwargs
 from transformers.processing_utils import ImagesKwargs
 
-from .frame_budget_keye import DEFAULT_FAMILY, family_budget, resize_pixels, smart_resize
+from .frame_budget_keye import DEFAULT_FAMILY, family_budget, refuse_unsupported, resize_pixels, smart_resize
 from .video_processing_keye import frame_to_tensor, normalize_pixels, to_patches
 
 
@@ -42,7 +42,6 @@ class KeyeImageProcessor(BaseImageProcessor):
     do_normalize = True
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
-    do_convert_rgb = True
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -98,6 +97,7 @@ class KeyeImageProcessor(BaseImageProcessor):
     def _options(self, call: dict) -> dict:
         options = {name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__}
         options.update({name: value for name, value in call.items() if name in options and value is not None})
+        refuse_unsupported(options)
         return options
 
     def _budget(self, options: dict):

@@ -88,6 +88,7 @@ class KeyeProcessor(ProcessorMixin):
         if tokenizer is None:
             raise ValueError("KeyeProcessor needs a tokenizer; load it with AutoTokenizer.from_pretrained.")
         video_processor = KeyeVideoProcessor() if video_processor is None else video_processor
+        self.check_argument_for_proper_class("video_processor", video_processor)
         if image_processor is None:
             image_processor = KeyeImageProcessor(family=video_processor.family)
         vocabulary = tokenizer.get_vocab()
@@ -153,8 +154,9 @@ class KeyeProcessor(ProcessorMixin):
         # The library looks its base class for videos up in a place that is empty without torchvision.
         if argument_name != "video_processor":
             return super().check_argument_for_proper_class(argument_name, argument)
-        if not callable(getattr(argument, "preprocess", None)):
-            raise TypeError(f"video_processor must be a video processor, got {type(argument).__name__}.")
+        # Loading from a folder makes a second copy of every class, so the class itself cannot be compared.
+        if not callable(getattr(argument, "budget", None)):
+            raise TypeError(f"video_processor must be a KeyeVideoProcessor, got {type(argument).__name__}.")
         return type(argument)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):

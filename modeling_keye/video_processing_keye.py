@@ -25,6 +25,7 @@ from .frame_budget_keye import (
     family_budget,
     frame_sizes,
     max_frame_count,
+    refuse_unsupported,
     resize_pixels,
     spread_indices,
 )
@@ -110,7 +111,6 @@ class KeyeVideoProcessor(BaseVideoProcessor):
     do_normalize = True
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
-    do_convert_rgb = True
     do_sample_frames = True
     adaptive = False
     pixel_dtype = "float32"
@@ -167,6 +167,7 @@ class KeyeVideoProcessor(BaseVideoProcessor):
         if call.get("fps") is not None:
             options["num_frames"] = None
         options.update({name: value for name, value in call.items() if name in options and value is not None})
+        refuse_unsupported(options)
         if options["pixel_dtype"] not in PIXEL_DTYPES:
             raise ValueError(f"pixel_dtype={options['pixel_dtype']!r} must be one of {', '.join(PIXEL_DTYPES)}.")
         return options
@@ -233,9 +234,9 @@ class KeyeVideoProcessor(BaseVideoProcessor):
                 width=reader.width,
                 height=reader.height,
                 duration=reader.duration,
-                video_backend="pyav",
+                video_backend=reader.backend,
                 frames_indices=indices,
-                frame_times=[float(reader.times[index]) for index in indices],
+                frame_times=[round(float(reader.times[index]), 6) for index in indices],
                 frame_types=types,
                 source=source,
             )

@@ -1,8 +1,9 @@
-"""Reads chosen frames of a video file with PyAV: exact frame numbers, true times, memory independent of the length.
+"""Reads chosen frames of a video file: exact frame numbers, true times, memory independent of the length.
 
 Frame k is the k-th frame that a decode of the whole file puts out, whatever the file's timestamps look like. The reader
 first lists the timestamps of all frames (from the packets, without decoding, where each packet is one frame), then
-decodes forward and jumps to a later keyframe when that skips enough frames.
+decodes forward and jumps to a later keyframe when that skips enough frames. PyAV does both; where torchcodec is
+installed and loads, it decodes instead, and PyAV takes over as soon as a frame's timestamp is not the listed one.
 """
 
 import os
@@ -17,6 +18,11 @@ from typing import Any
 
 import av
 import torch
+
+try:
+    from torchcodec.decoders import VideoDecoder
+except (ImportError, OSError, RuntimeError):  # absent, FFmpeg's libraries not found, or built for another torch
+    VideoDecoder = None
 
 # Codecs in which every packet yields exactly one picture. For others (hidden VP8 frames, packed MPEG-4 frames) the
 # timestamps come from decoding once.
@@ -65,11 +71,16 @@ class VideoReader:
     """A video file opened for reading by frame number.
 
     Attributes: `total_num_frames`, `fps` (average), `duration` (seconds), `height` and `width` (upright, as shown),
-    `times` (start of every frame in seconds, the first is 0.0), `codec`.
+    `times` (start of every frame in seconds, the first is 0.0), `codec`, `backend` (what decodes).
     """
 
-    def __init__(self, source: str | os.PathLike):
+    def __init__(self, source: str | os.PathLike, backend: str | None = None):
+        if backend not in (None, "pyav", "torchcodec"):
+            raise ValueError(f"backend={backend!r} must be 'pyav', 'torchcodec' or None (torchcodec if it loads).")
+        if backend == "torchcodec" and VideoDecoder is None:
+            raise ImportError("torchcodec is not installed or does not load; install it, or use backend='pyav'.")
         self.source = os.fspath(source)
+        self.backend = backend or ("pyav" if VideoDecoder is None else "torchcodec")
         self._download: str | None = None
         self._path = self._local_path(self.source)
         try:
@@ -110,12 +121,15 @@ class VideoReader:
         while len(kept) < len(targets):
             # A jump that lands wrongly (broken index, gradual refresh) is noticed, and the rest is decoded in line.
             rest = targets[len(kept) :]
-            for target, frame in self._decode_targets(rest, seeks=not self._linear):
-                picture = _upright_rgb(frame)
+            with_torchcodec = self.backend == "torchcodec"
+            for target, picture in self._torchcodec(rest) if with_torchcodec else self._pyav(rest):
                 kept[target] = picture if transform is None else transform(picture)
                 if progress is not None:
                     progress(len(kept), len(targets))
             if len(kept) < len(targets):
+                if with_torchcodec:
+                    self.backend = "pyav"
+                    continue
                 if self._linear:
                     raise self._damaged(targets[len(kept)])
                 self._linear = True
@@ -169,7 +183,7 @@ class VideoReader:
             raise NoVideoStreamError(f"{self.source} has no video stream; it holds {', '.join(kinds)}.")
         stream = streams[0]
         stream.thread_type = "AUTO"
-        stream.codec_context.thread_count = min(MAX_DECODING_THREADS, os.cpu_count() or 1)
+        stream.codec_context.thread_count = _threads()
         return container, stream
 
     def _scan(self) -> None:
@@ -177,6 +191,7 @@ class VideoReader:
         container, stream = self._open()
         with container:
             self.codec = stream.codec_context.name
+            self._stream_index = stream.index
             self._time_base = float(stream.time_base)
             shown, keys, expected, seen, last_duration = self._scan_packets(container, stream)
             header_fps = float(stream.average_rate or stream.guessed_rate or 0)
@@ -287,6 +302,8 @@ class VideoReader:
                 frames=0,
                 seconds=0.0,
             )
+        if self._pts is None or frame.rotation:
+            self.backend = "pyav"
         turned = frame.rotation % 180 != 0
         self.height, self.width = (frame.width, frame.height) if turned else (frame.height, frame.width)
 
@@ -297,11 +314,32 @@ class VideoReader:
         with container:
             yield from _decode(container, stream, from_keyframe=False)
 
-    def _decode_targets(self, targets: list[int], seeks: bool) -> Iterator[tuple[int, Any]]:
-        """(index, frame) for ascending targets; stops early at the first one that does not appear."""
-        if self._pts is None:
-            yield from _pick(enumerate(self._decode_all()), targets)
+    def _torchcodec(self, targets: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """(index, picture) for ascending targets; stops early where torchcodec and the list of frames differ."""
+        try:
+            decoder = VideoDecoder(self._path, stream_index=self._stream_index, num_ffmpeg_threads=_threads())
+            if decoder.metadata.num_frames != self.total_num_frames:
+                return
+            for target in targets:
+                frame = decoder.get_frame_at(target)
+                if abs(frame.pts_seconds - self._pts[target] * self._time_base) > 1e-3:
+                    return
+                yield target, frame.data
+        except (RuntimeError, ValueError, IndexError):
             return
+
+    def _pyav(self, targets: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """(index, picture) for ascending targets; stops early at the first one that does not appear."""
+        frames = enumerate(self._decode_all()) if self._pts is None else self._decode_targets(targets)
+        wanted = set(targets)
+        for index, frame in frames:
+            if index in wanted:
+                yield index, _upright_rgb(frame)
+            if index >= targets[-1]:
+                return
+
+    def _decode_targets(self, targets: list[int]) -> Iterator[tuple[int, Any]]:
+        """(index, frame) for ascending targets by timestamp, with jumps unless one went wrong before."""
         container, stream = self._open()
         with container:
             frames = _decode(container, stream, from_keyframe=False)
@@ -309,7 +347,7 @@ class VideoReader:
             jumped = False
             for target in targets:
                 key = self._keyframe_before(target)
-                if seeks and key is not None and key[0] - position >= SEEK_MIN_FRAMES:
+                if not self._linear and key is not None and key[0] - position >= SEEK_MIN_FRAMES:
                     container.seek(key[1], stream=stream)
                     frames = _decode(container, stream, from_keyframe=True)
                     jumped = True
@@ -369,13 +407,8 @@ def _decode(container: Any, stream: Any, from_keyframe: bool) -> Iterator[Any]:
             continue
 
 
-def _pick(frames: Iterator[tuple[int, Any]], targets: list[int]) -> Iterator[tuple[int, Any]]:
-    wanted = set(targets)
-    for index, frame in frames:
-        if index in wanted:
-            yield index, frame
-        if index >= targets[-1]:
-            return
+def _threads() -> int:
+    return min(MAX_DECODING_THREADS, os.cpu_count() or 1)
 
 
 def _upright_rgb(frame: Any) -> torch.Tensor:

@@ -209,7 +209,7 @@ def test_gradients_equal_autograd_of_the_maths(kind):
 @pytest.mark.parametrize("kind", ["mla", "gqa2"])
 def test_gradcheck(kind):
     indices, _ = random_kept(3, 5, 3, empty=(1,))
-    inputs = [x.requires_grad_() for x in make(kind, 5, 7)]
+    inputs = [x.requires_grad_() for x in make(kind, 3, 5)]
     assert torch.autograd.gradcheck(lambda *x: run(x, indices)[0], inputs, fast_mode=True)
 
 
@@ -276,8 +276,8 @@ def test_gradient_error_is_at_most_that_of_plain_code(kind, dtype):
     found = torch.autograd.grad(run(inputs, indices)[0], inputs, upstream)
     for ours, theirs, reference in zip(found, plain, exact, strict=True):
         assert ours.dtype == dtype
-        allowed = (theirs.double() - reference).abs().max() + torch.finfo(dtype).eps * reference.abs().max()
-        error = (ours.double() - reference).abs().max()
+        allowed = (theirs.double() - reference).norm() + torch.finfo(dtype).eps * reference.norm()
+        error = (ours.double() - reference).norm()
         print(f"{kind} {dtype}: gradient error {error:.2e}, allowed {allowed:.2e}")
         assert error <= allowed
 

@@ -53,7 +53,7 @@ def saved_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def bare_folder(saved_folder, tmp_path_factory) -> Path:
     """Data files, and the code copied by hand from the source tree."""
-    folder = tmp_path_factory.mktemp("bare") / "keye-1.5 bare"
+    folder = tmp_path_factory.mktemp("bare") / "keye-1.5-bare"
     folder.mkdir()
     for name in DATA_FILES:
         shutil.copy(saved_folder / name, folder)

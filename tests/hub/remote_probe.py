@@ -52,7 +52,9 @@ def load(folder: str, clip: str, auto_class: str = "AutoModel") -> dict:
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     return {
-        "classes": {part.__name__: part.__module__.split(".")[0] for part in (type(model), type(processor), type(config))},
+        "classes": {
+            part.__name__: part.__module__.split(".")[0] for part in (type(model), type(processor), type(config))
+        },
         "tokens": answer(model, processor, clip),
         "norm": model.lm_head.weight.double().norm().item(),
     }

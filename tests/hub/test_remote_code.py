@@ -5,14 +5,15 @@ import json
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from modeling_keye.configuration_keye import AUTO_MAP
-from tests.hub.conftest import ALL_CODE, DATA_FILES, OURS, code_files
+from tests.hub.conftest import ALL_CODE, DATA_FILES, OURS, PACKAGE, code_files
 from tests.model.checkpoints import save_checkpoint, small_model, small_processor
 
 pytestmark = pytest.mark.compat
 
+AUTO_MODELS = (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 OPTIONAL = ("torchvision", "flash_attn", "triton", "torchcodec", "decord", "kernels")
 
 
@@ -87,10 +88,9 @@ def test_saving_through_the_package_keeps_every_file(saved_folder):
 
 def test_two_copies_and_the_package_share_a_process(probe, saved_folder, bare_folder, clip, expected_tokens, tmp_path):
     other = save_checkpoint(tmp_path / "keye-other", kind="gqa", seed=1)
-    root = str(code_root())
     copies, beside, single = probe(
         ("two_copies", {"first": saved_folder, "second": other, "clip": clip}),
-        ("beside_package", {"package_root": root, "folder": bare_folder, "clip": clip}),
+        ("beside_package", {"package_root": PACKAGE.parent, "folder": bare_folder, "clip": clip}),
         ("load", {"folder": other, "clip": clip}),
         absent=(),
     )
@@ -103,14 +103,11 @@ def test_two_copies_and_the_package_share_a_process(probe, saved_folder, bare_fo
     assert beside["auto"] == "modeling_keye.modeling_keye"
 
 
-def code_root():
-    from tests.hub.conftest import PACKAGE
-
-    return PACKAGE.parent
-
-
 def test_auto_classes_of_the_package_need_no_trust(saved_folder):
-    assert type(AutoModel.from_pretrained(saved_folder)).__module__ == "modeling_keye.modeling_keye"
+    processor = AutoProcessor.from_pretrained(saved_folder)
+    loaded = [AutoConfig.from_pretrained(saved_folder), processor, processor.image_processor, processor.video_processor]
+    loaded += [auto.from_pretrained(saved_folder) for auto in AUTO_MODELS]
+    assert {type(part).__module__.split(".")[0] for part in loaded} == {"modeling_keye"}
 
 
 @pytest.fixture
@@ -143,6 +140,8 @@ def test_push_to_hub_carries_the_code(commits):
     small_processor().push_to_hub("someone/keye")
     model, processor = (set(commit) for commit in commits)
     assert code_files("modeling_keye") | {"config.json", "generation_config.json", "model.safetensors"} <= model
-    assert code_files("processing_keye") | {"processor_config.json", "chat_template.jinja", "tokenizer.json"} <= processor
+    assert (
+        code_files("processing_keye") | {"processor_config.json", "chat_template.jinja", "tokenizer.json"} <= processor
+    )
     assert ALL_CODE | DATA_FILES <= model | processor
     assert not any(name.startswith("__") or name == "cli_keye.py" for name in model | processor)

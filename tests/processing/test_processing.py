@@ -192,8 +192,8 @@ def test_parts_are_checked():
         KeyeProcessor(tokenizer)
     with pytest.raises(ValueError, match="needs a tokenizer"):
         KeyeProcessor()
-    with pytest.raises(TypeError, match="video_processor must be a video processor, got int"):
-        KeyeProcessor(make_tokenizer()).check_argument_for_proper_class("video_processor", 3)
+    with pytest.raises(TypeError, match="video_processor must be a KeyeVideoProcessor, got KeyeImageProcessor"):
+        KeyeProcessor(make_tokenizer(), KeyeImageProcessor(), KeyeImageProcessor())
 
 
 # -- chat --------------------------------------------------------------------------------------------------------------

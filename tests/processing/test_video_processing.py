@@ -197,6 +197,8 @@ def test_times_of_decoded_frames():
     assert times(video_metadata=[already])[1] == [10.0 * index for index in everything]
     assert times(num_frames=3, timestamps=seconds) == ([0, 6, 11], [0.0, 9.0, 16.5])
     assert times(video_metadata=[known], do_sample_frames=False)[0] == everything
+    # More frames than the budget can hold are thinned out, and the times say which stayed.
+    assert times(timestamps=seconds, max_video_tokens=12) == ([0, 6, 11], [0.0, 9.0, 16.5])
 
 
 def test_wrong_lengths_are_refused():
@@ -219,6 +221,8 @@ def test_bad_videos_are_refused():
         small()(FRAMES, fps=-1)
     with pytest.raises(ValueError, match="pixel_dtype='int8'"):
         small(pixel_dtype="int8")(FRAMES)
+    with pytest.raises(ValueError, match="size is not supported; limit the area with min_pixels"):
+        small()(FRAMES, size={"height": 56, "width": 56})
     with pytest.raises(ValueError, match="multiples of 28, got 30 x 30"):
         small()(np.zeros((2, 30, 30, 3), np.uint8), do_resize=False)
 

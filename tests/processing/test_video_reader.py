@@ -17,6 +17,7 @@ from modeling_keye.video_reader_keye import (
     NotAVideoError,
     NoVideoStreamError,
     TruncatedVideoError,
+    VideoDecoder,
     VideoNotFoundError,
     VideoReader,
     VideoReadError,
@@ -84,6 +85,7 @@ def test_every_frame_of_a_clip_with_b_frames_in_one_call(clip):
 def test_jumps_are_taken_and_give_the_same_frames(real_clip, monkeypatch):
     path = real_clip("bikes")
     seeks = []
+    monkeypatch.setattr("modeling_keye.video_reader_keye.VideoDecoder", None)
     real = VideoReader._keyframe_before
     monkeypatch.setattr(VideoReader, "_keyframe_before", lambda *args: seeks.append(real(*args)) or seeks[-1])
     check_against_full_decode(path, [249])
@@ -93,7 +95,7 @@ def test_jumps_are_taken_and_give_the_same_frames(real_clip, monkeypatch):
 def test_a_wrong_index_is_noticed_and_decoded_in_line(clip):
     path = clip(options={"g": "10", "bf": "0"})
     frames = decode_all(path)
-    with VideoReader(path) as reader:
+    with VideoReader(path, backend="pyav") as reader:
         # Every seek now lands a group of pictures too late.
         reader._keys = [(pts, dts + 11 * 1280) for pts, dts in reader._keys]
         got = reader.read([15, 35])
@@ -165,6 +167,26 @@ def test_pictures_survive_the_codec(clip):
     bits = [got[:8, bit * 8 : bit * 8 + 8].mean() > 127 for bit in range(8)]
     assert sum(int(on) << bit for bit, on in enumerate(bits)) == 21
     assert np.abs(got[16:] - picture(21, 64, 80)[16:]).mean() < 40
+
+
+def test_the_backend_can_be_chosen(clip):
+    with VideoReader(clip(), backend="pyav") as reader:
+        assert reader.backend == "pyav"
+    with pytest.raises(ValueError, match="backend='opencv' must be"):
+        VideoReader(clip(), backend="opencv")
+    if VideoDecoder is None:
+        with pytest.raises(ImportError, match="torchcodec is not installed or does not load"):
+            VideoReader(clip(), backend="torchcodec")
+
+
+@pytest.mark.skipif(VideoDecoder is None, reason="torchcodec is not installed or does not load")
+def test_torchcodec_and_pyav_give_the_same_frames(clip, real_clip):
+    for path in (clip(options={"bf": "3", "g": "12"}), real_clip("carphone_pristine")):
+        with VideoReader(path) as first, VideoReader(path, backend="pyav") as second:
+            indices = [0, 39, 20, 20, 7]
+            for left, right in zip(first.read(indices), second.read(indices)):
+                assert torch.equal(left, right)
+            assert (first.backend, second.backend) == ("torchcodec", "pyav")
 
 
 def test_frame_numbers_outside_the_video_are_refused(clip):
