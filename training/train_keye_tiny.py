@@ -54,10 +54,10 @@ class Stage:
 
 
 STAGES = (
-    Stage("frames", 3000, 1.5e-3, VISION),
-    Stage("drills", 1200, 3e-3, DECODER, Mixture(clips=16, frames=(2, 4), words=1.0, drills=1.0)),
-    Stage("words", 2400, 2e-3, DECODER, Mixture(clips=24, frames=(2, 12), words=1.0, drills=0.2)),
-    Stage("videos", 2400, 1e-3, (*VISION, *DECODER), Mixture(clips=24, frames=(2, 12), words=0.15)),
+    Stage("frames", 2400, 1.5e-3, VISION),
+    Stage("drills", 1000, 3e-3, DECODER, Mixture(clips=16, frames=(2, 5), words=1.0, drills=1.0)),
+    Stage("words", 1200, 2e-3, DECODER, Mixture(clips=20, frames=(2, 12), words=1.0, drills=0.5)),
+    Stage("videos", 1200, 1e-3, (*VISION, *DECODER), Mixture(clips=20, frames=(2, 12), words=0.1, drills=0.3)),
 )
 FRAME_CLIPS = 24
 WARMUP_STEPS = 100
@@ -252,7 +252,7 @@ def main() -> None:
         "command": f"python -m training.train_keye_tiny {shlex.join(sys.argv[1:])}",
         "seed": arguments.seed,
         "stages": done,
-        "threads": torch.get_num_threads(),
+        "threads": f"{torch.get_num_threads()} CPU threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -1,0 +1,24 @@
+"""Ask a question about a video with the Auto classes: `python examples/ask_a_video.py CLIP.mp4 "QUESTION" [FOLDER]`."""
+
+import sys
+from pathlib import Path
+
+from transformers import AutoModel, AutoProcessor
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "checkpoints" / "keye-tiny"
+
+
+def ask(video: str, question: str, folder: str = str(EMBEDDED)) -> str:
+    """The answer of the model in `folder` to `question` about the file `video`."""
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    content = [{"type": "video", "path": video}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+    answer = model.generate(**inputs)
+    return processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    print(ask(*sys.argv[1:]))
