@@ -22,7 +22,6 @@ TOKENS_PER_FRAME = (GRID // MERGE_SIZE) ** 2
 IGNORE = -100
 
 
-
 @dataclass(frozen=True)
 class Example:
     """A clip and its questions; shown in words or in pixels; asked as chat turns or as terse drills in a row."""

@@ -96,9 +96,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as folder:
         for start in range(0, len(pending), batch):
             group = pending[start : start + batch]
-            paths = [
-                write_video(clip, Path(folder) / f"{place}.mp4", size) for place, (clip, _) in enumerate(group)
-            ]
+            paths = [write_video(clip, Path(folder) / f"{place}.mp4", size) for place, (clip, _) in enumerate(group)]
             answers = ask(model, processor, paths, [question.text for _, question in group])
             results += [(clip, question, answer) for (clip, question), answer in zip(group, answers)]
             print(f"{len(results)} of {questions} questions", end="\r", file=sys.stderr, flush=True)

@@ -64,8 +64,8 @@ tags: [video-question-answering, sparse-attention]
 
 # keye-tiny
 
-An instance of `KeyeForVideoQA` with {parameters:.1f} million parameters, trained from scratch on synthetic clips, so that
-everything in the repository runs offline in seconds. It knows coloured shapes and nothing else of the world.
+An instance of `KeyeForVideoQA` with {parameters:.1f} million parameters, trained from scratch on synthetic clips, so
+that everything in the repository runs offline in seconds. It knows coloured shapes and nothing else of the world.
 
 ```python
 from transformers import AutoModelForMultimodalLM, AutoProcessor
@@ -98,14 +98,14 @@ or after (empty frames do not count). A shape lasts exactly one frame of the fil
 Seed {seed}; {stages}. {minutes} minutes of training on {threads}, float32, torch {torch}, transformers {transformers}.
 
 The lightning indexer is **not trained**: its weights are as initialised. Prompts of such clips fit into its budget of
-{topk} tokens plus the window of {window}, where the selection keeps every token, so answers do not depend on it; a longer
-prompt is read through an untrained selection. Router correction biases are zero.
+{topk} tokens plus the window of {window}, where the selection keeps every token, so answers do not depend on it; a
+longer prompt is read through an untrained selection. Router correction biases are zero.
 
 ## Scores
 
-Exact match in percent on {questions} held-out questions (unseen seed {eval_seed}; one question per clip of 4 to 12 frames,
-the five kinds in equal shares; backgrounds 40 % plain, 35 % noise, 25 % real footage), each through an H.264 file, the
-processor and greedy `generate`; printed by
+Exact match in percent on {questions} held-out questions (unseen seed {eval_seed}; one question per clip of 4 to 12
+frames, the five kinds in equal shares; backgrounds 40 % plain, 35 % noise, 25 % real footage), each through an H.264
+file, the processor and greedy `generate`; printed by
 
 ```
 python -m training.evaluate --model checkpoints/keye-tiny --questions {questions} --seed {eval_seed}

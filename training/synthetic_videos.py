@@ -275,7 +275,8 @@ def _background(clip: Clip, size: int, rng: np.random.Generator) -> np.ndarray:
         return crop.repeat(size // 56, 1).repeat(size // 56, 2)
     flat = np.broadcast_to(level.astype(np.float32), shape)
     spread = 6.0 if clip.background == "plain" else 28.0
-    return flat + rng.standard_normal(shape, np.float32) * spread
+    # Grey noise: the codec keeps a quarter of the colour resolution, and would wash coloured noise out.
+    return flat + rng.standard_normal((*shape[:-1], 1), np.float32) * spread
 
 
 def render(clip: Clip, size: int = FRAME_SIZE) -> np.ndarray:
