@@ -2,10 +2,10 @@
 
     python -m benchmarks.bench_prefill [--lengths 1024 ...] [--peer-lengths 1024 ...] [--decode-length 32768]
 
-Both models hold the same random weights in one process (fp32, batch 1, no cache; shapes in `common.TOY`). Three ways are
-timed: ours; the peer under its default SDPA attention, which builds the full score tensor and mask; and honest dense
-attention, our model without a selection (flash SDPA over padded values). Outputs are compared first, at a length where
-the selection is selective. Memory is the peak resident size above the loaded models. The last line is one JSON document.
+Both models hold the same random weights in one process (fp32, batch 1, no cache; shapes in `common.TOY`). Three ways
+are timed: ours; the peer under its default SDPA attention, which builds the full score tensor and mask; and honest
+dense attention, our model without a selection (flash SDPA over padded values). Outputs are compared first, at a length
+where the selection is selective. Memory is the peak resident size above the loaded models. The last line is JSON.
 """
 
 import argparse
@@ -41,9 +41,11 @@ def prefill(model: torch.nn.Module, tokens: torch.Tensor, use_cache: bool = Fals
 
 @torch.no_grad()
 def check(models: dict[str, torch.nn.Module], tokens: torch.Tensor) -> dict:
-    """Median row difference of the final hidden states, and the share of rows beyond 1e-4: where rounding flips the last
-    selected token of a row, that row and rows that read it differ visibly, every other row does not. (With the same
-    selection all rows agree to 1e-4: tests/model/test_oracles.py.)"""
+    """Median row difference of the final hidden states, and the share of rows beyond 1e-4.
+
+    Where rounding flips the last selected token of a row, that row and rows that read it differ visibly, every other
+    row does not. With the same selection all rows agree to 1e-4: tests/model/test_oracles.py.
+    """
     ours = prefill(models["ours"], tokens).last_hidden_state
     peer = prefill(models["peer"], tokens).last_hidden_state
     rows = (ours - peer).abs().amax(dim=-1).flatten()

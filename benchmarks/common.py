@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import transformers
 
-# The shape at which Transformers' DeepseekV32 was measured first: two dense-MLP layers, a small MLA, a selective indexer.
+# The shape at which Transformers' DeepseekV32 was measured first: two dense layers, small MLA, selective indexer.
 TOY = {
     "vocab_size": 1024,
     "hidden_size": 512,

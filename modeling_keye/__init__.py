@@ -8,10 +8,6 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 # The top-level name is a placeholder where torchvision is missing.
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-# At the top level this one is a stub where torchvision is missing.
-from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
 from .configuration_keye import KeyeConfig, KeyeTextConfig, KeyeVisionConfig
 from .image_processing_keye import KeyeImageProcessor
@@ -26,8 +22,6 @@ AutoConfig.register(KeyeConfig.model_type, KeyeConfig, exist_ok=True)
 for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(KeyeConfig, KeyeForVideoQA, exist_ok=True)
 AutoProcessor.register(KeyeConfig, KeyeProcessor, exist_ok=True)
-AutoImageProcessor.register(KeyeConfig, slow_image_processor_class=KeyeImageProcessor, exist_ok=True)
-AutoVideoProcessor.register(KeyeConfig, KeyeVideoProcessor, exist_ok=True)
 # Without these, `KeyeProcessor.from_pretrained` would ask whether to trust the folder's copy of our own code.
 AutoImageProcessor.register(
     KeyeConfig, image_processor_classes={"pil": KeyeImageProcessor, "torchvision": KeyeImageProcessor}, exist_ok=True

@@ -152,9 +152,7 @@ class KeyeDeepseekIndexer(nn.Module):
         queries [B, S, Hi, Di], keys [B, S, Di], gates [B, S, Hi] float32."""
         q = self.wq_b(query_latent).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_norm(self.wk(hidden_states)).unsqueeze(2)
-        q, k = (
-            torch.cat([rotate(x[..., : self.rope_dim], cos, sin), x[..., self.rope_dim :]], dim=-1) for x in (q, k)
-        )
+        q, k = (torch.cat([rotate(x[..., : self.rope_dim], cos, sin), x[..., self.rope_dim :]], dim=-1) for x in (q, k))
         gates = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype)).float()
         return q, k.squeeze(2), gates * (self.num_heads * self.head_dim) ** -0.5
 
@@ -275,7 +273,9 @@ class KeyeAttention(nn.Module):
         return self.o_proj(output.flatten(2)), None, selection
 
     def _select(self, index, batch, begin, end, query_offset, key_mask, device):
-        q, k, gates = (None, None, None) if index is None else (index[0][:, begin:end], index[1], index[2][:, begin:end])
+        q, k, gates = (
+            (None, None, None) if index is None else (index[0][:, begin:end], index[1], index[2][:, begin:end])
+        )
         return select_tokens(
             self.selection,
             q,

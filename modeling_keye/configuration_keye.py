@@ -87,7 +87,7 @@ class KeyeVisionConfig(PreTrainedConfig):
             _positive(name, getattr(self, name))
         if self.temporal_patch_size != 1:
             raise ValueError(
-                f"`temporal_patch_size` is {self.temporal_patch_size}; the Keye tower encodes every frame by itself, so "
+                f"`temporal_patch_size` is {self.temporal_patch_size}; the Keye tower encodes each frame alone, so "
                 "it must be 1."
             )
         _one_of("video_attention", self.video_attention, ("frame", "clip"))
@@ -230,9 +230,7 @@ class KeyeTextConfig(PreTrainedConfig):
             dense = min(self.first_k_dense_replace, self.num_hidden_layers)
             self.mlp_layer_types = ["dense"] * dense + ["sparse"] * (self.num_hidden_layers - dense)
         if self.layer_types is None:
-            self.layer_types = [
-                INDEXED_LAYER_TYPE if self.has_selection else "full_attention"
-            ] * self.num_hidden_layers
+            self.layer_types = [INDEXED_LAYER_TYPE if self.has_selection else "full_attention"] * self.num_hidden_layers
         self.layer_types = [INDEXED_LAYER_TYPE if name in _INDEXED_NAMES else name for name in self.layer_types]
         super().__post_init__(**kwargs)
         self._refuse_contradictions()
@@ -259,12 +257,12 @@ class KeyeTextConfig(PreTrainedConfig):
         _positive("local_window", self.local_window, least=0)
         if self.attention_dropout:
             raise ValueError(
-                f"`attention_dropout` is {self.attention_dropout}; the decoder's attention has no dropout, so it must be 0."
+                f"`attention_dropout` is {self.attention_dropout}; the decoder has no attention dropout: set it to 0."
             )
         rope_types = ("default", *ROPE_INIT_FUNCTIONS)
         if self.rope_parameters["rope_type"] not in rope_types:
             raise ValueError(
-                f"`rope_parameters` has `rope_type` {self.rope_parameters['rope_type']!r}; known: {', '.join(rope_types)}. "
+                f"`rope_type` is {self.rope_parameters['rope_type']!r}; it must be one of {', '.join(rope_types)}. "
                 "Three-axis positions are 'default' together with `mrope_section`."
             )
         if self.indexer_type == "deepseek_v32":
@@ -277,11 +275,11 @@ class KeyeTextConfig(PreTrainedConfig):
             if self.index_head_dim < self.qk_rope_head_dim:
                 raise ValueError(
                     f"`index_head_dim` {self.index_head_dim} is smaller than `qk_rope_head_dim` "
-                    f"{self.qk_rope_head_dim}: the deepseek_v32 indexer rotates its first `qk_rope_head_dim` dimensions."
+                    f"{self.qk_rope_head_dim}: the deepseek_v32 indexer rotates as many of its dimensions."
                 )
         if self.indexer_type == "keye_vl_2" and self.index_head_dim % 2:
             raise ValueError(
-                f"`index_head_dim` is {self.index_head_dim}; the keye_vl_2 indexer rotates all its dimensions in pairs, so "
+                f"`index_head_dim` is {self.index_head_dim}; the keye_vl_2 indexer rotates pairs of dimensions, so "
                 "it must be even."
             )
         if self.attention_type == "gqa" and self.num_attention_heads % self.num_key_value_heads:
@@ -332,8 +330,8 @@ class KeyeTextConfig(PreTrainedConfig):
                 in_groups = self.n_routed_experts // self.n_group * self.topk_group
                 if self.n_routed_experts // self.n_group < 2 or self.num_experts_per_tok > in_groups:
                     raise ValueError(
-                        f"Groups of {self.n_routed_experts // self.n_group} experts, {self.topk_group} kept, cannot give "
-                        f"`num_experts_per_tok` {self.num_experts_per_tok}: a group needs two experts or more, and the "
+                        f"Groups of {self.n_routed_experts // self.n_group} experts, {self.topk_group} kept, do "
+                        f"not allow `num_experts_per_tok` {self.num_experts_per_tok}: a group needs two experts or more, and the "
                         "kept groups as many as are chosen."
                     )
             elif self.n_group != 1 or self.topk_group != 1:

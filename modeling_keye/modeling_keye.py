@@ -13,7 +13,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
@@ -25,6 +24,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_keye import ATTENTIONS, KeyeAttention, KeyeIndexerRotaryEmbedding, KeyeRMSNorm, KeyeRotaryEmbedding
 from .cache_keye import adopt_growing_layers
 from .configuration_keye import KeyeConfig, KeyeTextConfig, KeyeVisionConfig
+from .generation_keye import KeyeGenerationMixin
+from .positions_keye import rope_index
 from .sparse_attention_keye import ATTENTION_NAME, resolve_backend
 from .vision_keye import KeyeProjector, KeyeVisionAttention, KeyeVisionLayer, KeyeVisionTransformer, encode_media
 
@@ -267,7 +268,7 @@ class KeyeTextModel(KeyePreTrainedModel):
         requested = ATTENTION_NAME if requested_attention in (None, "sdpa") else requested_attention
         if requested not in (ATTENTION_NAME, "eager"):
             raise ValueError(
-                f"The decoder runs under attn_implementation={ATTENTION_NAME!r} or 'eager', not {requested!r}. To choose "
+                f"The decoder runs under {ATTENTION_NAME!r} or 'eager', not {requested!r}. To choose "
                 f"for the vision tower only, pass a dict: {{'text_config': {ATTENTION_NAME!r}, 'vision_config': "
                 f"{requested!r}}}."
             )
@@ -372,7 +373,7 @@ class KeyeTextModel(KeyePreTrainedModel):
             return allowed, 0
         if attention_mask.shape[0] != batch or attention_mask.shape[1] < num_keys:
             raise ValueError(
-                f"`attention_mask` {tuple(attention_mask.shape)} must cover all {num_keys} tokens (cached ones included) "
+                f"`attention_mask` {tuple(attention_mask.shape)} must cover all {num_keys} tokens (with cached ones) "
                 f"of {batch} sequences."
             )
         mask = attention_mask[:, :num_keys].bool()
@@ -449,62 +450,15 @@ class KeyeModel(KeyePreTrainedModel):
         second_per_grid_ts: Iterable[float] | None = None,
         **kwargs,
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Three-axis positions [3, B, S] of a prompt and `rope_deltas` [B, 1].
-
-        Text counts up on all axes; a block of visual tokens starts at the next position and spreads over time, height
-        and width; text goes on after the largest of them (Keye `modeling_keye.get_rope_index`). A block is an image, a
-        frame, or with `video_position_ids="clip"` a whole video whose time axis is scaled by `second_per_grid_ts`.
-
-        Raises `ValueError` when placeholders and grids disagree.
-        """
-        blocks = {
-            self.config.image_token_id: iter(self._blocks(image_grid_thw, clip=False)),
-            self.config.video_token_id: iter(
-                self._blocks(video_grid_thw, self.config.video_position_ids == "clip", second_per_grid_ts)
-            ),
-        }
-        positions = torch.ones(3, *input_ids.shape, dtype=torch.long)
-        deltas = []
-        mask = None if attention_mask is None else attention_mask[:, : input_ids.shape[1]].bool().cpu()
-        for b, row in enumerate(input_ids.cpu()):
-            real = torch.arange(row.shape[0]) if mask is None else mask[b].nonzero().squeeze(-1)
-            ids = row[real].tolist()
-            axes, following, i = [], 0, 0
-            while i < len(ids):
-                if ids[i] not in blocks:
-                    end = i
-                    while end < len(ids) and ids[end] not in blocks:
-                        end += 1
-                    axes.append(torch.arange(following, following + end - i).expand(3, -1))
-                    following += end - i
-                else:
-                    block = next(blocks[ids[i]], None)
-                    end = i + (0 if block is None else block.shape[1])
-                    if block is None or ids[i:end] != [ids[i]] * block.shape[1]:
-                        raise ValueError(
-                            f"Sequence {b} holds a run of placeholders {ids[i]} at token {i} that does not fit the "
-                            "image and video grids. Build the inputs with `KeyeProcessor`."
-                        )
-                    axes.append(block + following)
-                    following = int(axes[-1].max()) + 1
-                i = end
-            if axes:
-                positions[:, b, real] = torch.cat(axes, dim=1)
-            deltas.append(following - row.shape[0])
-        device = input_ids.device
-        return positions.to(device), torch.tensor(deltas, dtype=torch.long, device=device).unsqueeze(1)
-
-    def _blocks(self, grid_thw, clip: bool, second_per_grid_ts=None) -> Iterable[torch.Tensor]:
-        """Relative positions [3, tokens] of each visual block that the rows of `grid_thw` describe."""
-        merge = self.config.vision_config.spatial_merge_size
-        seconds = None if second_per_grid_ts is None else list(second_per_grid_ts)
-        for row, (frames, height, width) in enumerate([] if grid_thw is None else grid_thw.tolist()):
-            scale = (1.0 if seconds is None else float(seconds[row])) * self.config.vision_config.tokens_per_second
-            times = [int(frame * scale) for frame in range(frames)] if clip else [0]
-            axes = (torch.tensor(times), torch.arange(height // merge), torch.arange(width // merge))
-            block = torch.cartesian_prod(*axes).view(-1, 3).T
-            for _ in range(1 if clip else frames):
-                yield block
+        """Three-axis positions [3, B, S] of a prompt and `rope_deltas` [B, 1]; see `positions_keye.rope_index`."""
+        return rope_index(
+            self.config,
+            input_ids,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            attention_mask=attention_mask,
+            second_per_grid_ts=second_per_grid_ts,
+        )
 
     @can_return_tuple
     def forward(
@@ -605,7 +559,7 @@ class KeyeModel(KeyePreTrainedModel):
         return (slots + deltas).expand(3, -1, -1)
 
 
-class KeyeForVideoQA(KeyePreTrainedModel, GenerationMixin):
+class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
     """Answers questions about videos and images."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -714,87 +668,6 @@ class KeyeForVideoQA(KeyePreTrainedModel, GenerationMixin):
             indexer_selections=outputs.indexer_selections,
             rope_deltas=outputs.rope_deltas,
         )
-
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        """[B, S], or [4, B, S] (text row, then time, height, width) for three-axis models."""
-        text = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        if self.config.text_config.mrope_section is None:
-            return text
-        past = model_kwargs.get("past_key_values")
-        past_length = 0 if past is None else int(past.get_seq_length())
-        if past_length and self.model.rope_deltas is not None:
-            deltas = self.model.rope_deltas.to(text.device)
-            slots = torch.arange(text.shape[-1], device=text.device)
-            return torch.cat([text[None], (slots + deltas).expand(3, -1, -1)])
-        grids = {key: model_kwargs.get(key) for key in ("image_grid_thw", "video_grid_thw")}
-        ids = model_kwargs.get("input_ids")
-        ids = inputs_tensor if ids is None or ids.shape[1] == 0 else ids
-        if ids.dim() == 2 and not ids.is_floating_point() and any(grid is not None for grid in grids.values()):
-            positions, self.model.rope_deltas = self.model.get_rope_index(
-                ids,
-                **grids,
-                attention_mask=model_kwargs.get("attention_mask"),
-                second_per_grid_ts=model_kwargs.get("second_per_grid_ts"),
-            )
-        else:
-            positions, self.model.rope_deltas = text.expand(3, -1, -1), None
-        return torch.cat([text[None], positions])
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
-    ):
-        """Encode the media once, before prefill, and repeat inputs and features per beam.
-
-        Newer releases of the library encode before they call this; older ones do not, so both arrive here.
-        """
-        encoded = dict(model_kwargs.pop("mm_encoder_outputs", None) or {})
-        for modality, pixels, grid in (
-            ("image", "pixel_values", "image_grid_thw"),
-            ("video", "pixel_values_videos", "video_grid_thw"),
-        ):
-            values, grid_thw = model_kwargs.pop(pixels, None), model_kwargs.pop(grid, None)
-            if values is not None:
-                encoded[modality] = getattr(self.model, f"get_{modality}_features")(values, grid_thw, return_dict=True)
-        model_kwargs.pop("second_per_grid_ts", None)
-        if expand_size > 1:
-            position_ids = model_kwargs.pop("position_ids", None)
-            for modality, output in encoded.items():
-                encoded[modality] = self._expand_features(input_ids, model_kwargs, modality, output, expand_size)
-            input_ids, model_kwargs = super()._expand_inputs_for_generation(
-                expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-            )
-            if position_ids is not None:
-                model_kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=position_ids.dim() - 2)
-        if encoded:
-            model_kwargs["mm_encoder_outputs"] = encoded
-        return input_ids, model_kwargs
-
-    def _expand_features(self, input_ids, model_kwargs, modality, output, expand_size):
-        placeholder = getattr(self.config, f"{modality}_token_id")
-        ids = input_ids if input_ids is not None and input_ids.shape[1] else None
-        if ids is None:
-            raise ValueError("Beams over images or videos need `input_ids`; `inputs_embeds` alone do not show where they are.")
-        tokens = torch.cat(list(output.pooler_output))
-        per_sequence = tokens.split((ids == placeholder).sum(dim=1).tolist())
-        repeated = [part for part in per_sequence for _ in range(expand_size)]
-        return BaseModelOutputWithPooling(pooler_output=tuple(repeated))
-
-    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool = False, **kwargs):
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs.pop("mm_encoder_outputs", None)  # the features are in the cache by now
-        return inputs
-
-    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        # The decoder chunks by itself, with any kind of prompt and in every supported release of the library.
-        chunk, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None
-        if chunk is None:
-            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        try:
-            model_kwargs = {**model_kwargs, "prefill_chunk_size": chunk}
-            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        finally:
-            generation_config.prefill_chunk_size = chunk
 
 
 __all__ = ["KeyeForVideoQA", "KeyeModel", "KeyePreTrainedModel", "KeyeTextModel", "KeyeVisionModel"]

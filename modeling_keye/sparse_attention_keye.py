@@ -113,7 +113,7 @@ def select_tokens(
     if q is not None:
         _check(
             q.shape[:2] == (batch_size, num_queries) and weights.shape == q.shape[:3],
-            f"Indexer queries {tuple(q.shape)} and gates {tuple(weights.shape)} do not fit {batch_size} x {num_queries}.",
+            f"Indexer queries {tuple(q.shape)}, gates {tuple(weights.shape)} do not fit {batch_size} x {num_queries}.",
         )
         _check(
             k.shape[0] == batch_size and k.shape[1] >= num_keys and k.shape[2] == q.shape[3],
@@ -166,9 +166,7 @@ def sparse_mla(
         q.dim() == 4 and kv.dim() == 3 and q.shape[-1] == kv.shape[-1] and q.shape[0] == kv.shape[0],
         f"Queries {tuple(q.shape)} must be [B, S, H, W] and cache rows {tuple(kv.shape)} [B, T, W].",
     )
-    _check(
-        indices.shape[:2] == q.shape[:2], f"Indices {tuple(indices.shape)} do not fit queries {tuple(q.shape)}."
-    )
+    _check(indices.shape[:2] == q.shape[:2], f"Indices {tuple(indices.shape)} do not fit queries {tuple(q.shape)}.")
     resolve_backend(backend, q.device)
     return _torch_sparse_mla(q, kv, indices, scaling, value_dim)
 
@@ -185,9 +183,7 @@ def sparse_gqa(
         q.shape[2] % k.shape[1] == 0 and k.shape[:3] == v.shape[:3] and q.shape[-1] == k.shape[-1],
         f"Queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit.",
     )
-    _check(
-        indices.shape[:2] == q.shape[:2], f"Indices {tuple(indices.shape)} do not fit queries {tuple(q.shape)}."
-    )
+    _check(indices.shape[:2] == q.shape[:2], f"Indices {tuple(indices.shape)} do not fit queries {tuple(q.shape)}.")
     resolve_backend(backend, q.device)
     return _torch_sparse_gqa(q, k, v, indices, scaling)
 
@@ -230,7 +226,11 @@ def sparse_attention_mask(seq_len: int, block_size: int, anchor_stride: int = 64
     Row t is True at s in [t - block_size, t] and at every s <= t with `s % anchor_stride == 0`. Quadratic in memory:
     the model never builds it.
     """
-    for name, value, least in (("seq_len", seq_len, 0), ("block_size", block_size, 0), ("anchor_stride", anchor_stride, 1)):
+    for name, value, least in (
+        ("seq_len", seq_len, 0),
+        ("block_size", block_size, 0),
+        ("anchor_stride", anchor_stride, 1),
+    ):
         _check(value >= least, f"`{name}` is {value}; it must be at least {least}.")
     positions = torch.arange(seq_len)
     distance = positions[:, None] - positions

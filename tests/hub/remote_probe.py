@@ -91,7 +91,7 @@ def decode(folder: str, tokens: list[int]) -> str:
 
 
 def two_copies(first: str, second: str, clip: str) -> dict:
-    """Two repositories with the same code in one process; each keeps its own weights, and saving one keeps the other."""
+    """Two repositories with the same code in one process; each keeps its own weights."""
     models = [AutoModel.from_pretrained(folder, trust_remote_code=True) for folder in (first, second)]
     processors = [AutoProcessor.from_pretrained(folder, trust_remote_code=True) for folder in (first, second)]
     pairs = list(zip(models, processors, strict=True))

@@ -45,7 +45,7 @@ _TEXT = {
 }
 _SIGMOID_EXPERTS = {
     "first_k_dense_replace": 1,
-    "moe_intermediate_size": 36,
+    "moe_intermediate_size": 40,
     "n_routed_experts": 6,
     "n_shared_experts": 2,
     "num_experts_per_tok": 2,
@@ -54,7 +54,7 @@ _SIGMOID_EXPERTS = {
 }
 _SOFTMAX_EXPERTS = {
     "first_k_dense_replace": 0,
-    "moe_intermediate_size": 36,
+    "moe_intermediate_size": 40,
     "scoring_func": "softmax",
     "n_routed_experts": 5,
     "n_shared_experts": 0,
@@ -87,7 +87,7 @@ _GQA = {
     "indexer_type": "keye_vl_2",
     "index_n_heads": 5,
     "index_head_dim": 32,
-    "hidden_size": 52,
+    "hidden_size": 48,
     "intermediate_size": 76,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,

@@ -347,7 +347,11 @@ def test_disk_offload_safetensors(model, tmp_path):
     inputs = media_inputs(model.config, "both", batch=2)
     expected = logits_of(model, inputs)
     model.save_pretrained(tmp_path / "saved")
-    device_map = {"": "cpu", "model.language_model.layers.1": "disk", "model.language_model.layers.2": "disk"}
+    device_map = {"model.visual": "cpu", "model.projector": "cpu", "lm_head": "cpu"}
+    for name, _ in model.model.language_model.named_children():
+        device_map[f"model.language_model.{name}"] = "cpu"
+    del device_map["model.language_model.layers"]
+    device_map |= {f"model.language_model.layers.{i}": ("cpu", "disk", "disk")[i] for i in range(3)}
     loaded = KeyeForVideoQA.from_pretrained(
         tmp_path / "saved", device_map=device_map, offload_folder=tmp_path / "offload"
     )

@@ -1,0 +1,151 @@
+"""Batches, stages and scores of keye-tiny's training."""
+
+import json
+from dataclasses import replace
+from fractions import Fraction
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_keye import KeyeConfig, KeyeForVideoQA
+from training.data import ClipBatches, ConversationEncoder, Example, Mixture
+from training.evaluate import evaluate, held_out, is_right, score
+from training.ship_keye_tiny import build_processor, write_card, write_checkpoint
+from training.synthetic_videos import KINDS, Clip, Question, Thing, make_clip, make_questions, write_video
+from training.tokenizer import build_tokenizer
+from training.train_keye_tiny import STAGES, answer_collator, train_stage
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor()
+
+
+@pytest.fixture(scope="module")
+def encoder(processor):
+    return ConversationEncoder(processor.tokenizer)
+
+
+def _messages(path, questions):
+    content = [{"type": "video", "path": str(path)}]
+    for question in questions:
+        yield {"role": "user", "content": [*content, {"type": "text", "text": question.text}]}
+        yield {"role": "assistant", "content": [{"type": "text", "text": question.answer}]}
+        content = []
+
+
+def test_batches_are_what_the_processor_makes_of_the_same_file(tmp_path, processor, encoder):
+    rng = np.random.default_rng(4)
+    for fps in (Fraction(1), Fraction(2), Fraction(1, 2)):
+        clip = make_clip(rng, (4, 12), fps)
+        questions = make_questions(clip, rng, 3)
+        path = write_video(clip, tmp_path / "clip.mp4")
+        expected = processor.apply_chat_template(
+            list(_messages(path, questions)),
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+        )
+        batch = encoder.batch([Example(clip, questions)])
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids", "video_grid_thw"):
+            assert torch.equal(batch[name], expected[name]), name
+        assert torch.equal(batch["labels"] >= 0, torch.as_tensor(expected["assistant_masks"]).bool())
+        difference = (batch["pixel_values_videos"] - expected["pixel_values_videos"]).abs().mean()
+        assert difference < 0.04  # H.264, on a scale from -1 to 1
+
+
+def test_labels_are_answers_and_padding_has_none(encoder):
+    things = (Thing("red", "circle", 0.5, 0.5, 0.5, 1.0), None)
+    clip = Clip(things, Fraction(1), "plain", 0)
+    short = Example(clip, [Question("what", "What shape at 0.0?", "circle")], words=True)
+    long = Example(clip, [*short.questions, Question("colour", "What color at 1.0?", "nothing")], words=True)
+    batch = encoder.batch([short, long])
+    words = encoder.tokenizer.convert_ids_to_tokens(batch["labels"][1][batch["labels"][1] >= 0])
+    assert words == ["circle", "<|im_end|>", "nothing", "<|im_end|>"]
+    end = int(batch["attention_mask"][0].sum())
+    assert (batch["labels"][0, end:] == -100).all() and "pixel_values_videos" not in batch
+    text = encoder.tokenizer.decode(batch["input_ids"][0, :end])
+    assert "0.0 red circle red circle <|frame|> 1.0 nothing nothing nothing nothing" in text
+
+
+def test_groups_are_functions_of_the_seed(encoder):
+    mixture = Mixture(clips=4, frames=(2, 6), questions=3, words=0.5, drills=0.5)
+    first, again, other = (list(islice(ClipBatches(mixture, seed), 3)) for seed in (1, 1, 2))
+    assert first == again and first != other
+    collated = answer_collator(encoder)(first[:1])
+    owned = collated["owner"][collated["owner"] >= 0]
+    assert sorted(set(owned.tolist())) == list(range(len(collated["groups"])))
+
+
+def test_every_stage_runs_resumes_and_trains_its_part_only(tmp_path, encoder):
+    model = KeyeForVideoQA(KeyeConfig.from_preset("keye-tiny"))
+    for stage in STAGES:
+        small = replace(stage, steps=2)
+        if stage.mixture is not None:
+            small = replace(small, mixture=replace(stage.mixture, clips=2, frames=(2, 3), questions=2))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        record = train_stage(model, encoder, small, tmp_path, seed=0)
+        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert changed and all(name.startswith(stage.part) and ".indexer." not in name for name in changed)
+        # A finished stage is read back, not run again.
+        fresh = KeyeForVideoQA(KeyeConfig.from_preset("keye-tiny"))
+        assert train_stage(fresh, encoder, small, tmp_path, seed=0) == record
+        assert all(torch.equal(fresh.state_dict()[name], model.state_dict()[name]) for name in changed)
+
+
+def test_held_out_clips_are_fixed_and_cover_all_kinds():
+    first, again = (list(held_out(10, seed=3)) for _ in range(2))
+    assert first == again
+    assert [question.kind for _, question in first[:5]] == list(KINDS)
+
+
+def test_scores_count_exact_matches():
+    assert is_right(" Red Circle", "red circle") and not is_right("red", "red circle")
+    clip = Clip((None,) * 4, Fraction(1), "plain", 0)
+    results = [(clip, Question("what", "", "circle"), answer) for answer in ("circle", "star")]
+    results.append((clip, Question("when", "", "1.0"), "1.0"))
+    scores = score(results)
+    assert scores["exact_match"] == 66.7 and scores["by_kind"] == {"what": 50.0, "when": 100.0}
+    assert scores["by_frames"] == {"04": 66.7} and scores["questions"] == 3
+
+
+def test_a_checkpoint_is_written_evaluated_and_described(tmp_path):
+    folder = tmp_path / "keye-tiny"
+    model = KeyeForVideoQA(KeyeConfig.from_preset("keye-tiny"))
+    write_checkpoint(model, folder)
+    names = {path.name for path in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "modeling_keye.py"} <= names
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 25e6
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert settings["suppress_tokens"] == [model.config.image_token_id, model.config.video_token_id]
+
+    scores, results = evaluate(model.eval(), build_processor(), questions=5, seed=0)
+    assert scores["questions"] == 5 and all(isinstance(answer, str) for _, _, answer in results)
+    run = {
+        "command": "python -m training.train_keye_tiny --seed 5",
+        "seed": 5,
+        "stages": [{"name": "frames", "steps": 1200, "seconds": 90}],
+        "threads": "2 CPU threads",
+        "torch": "2",
+        "transformers": "5",
+    }
+    write_card(folder, model, run, scores, eval_seed=0)
+    card = (folder / "README.md").read_text()
+    assert run["command"] in card and "frames 1,200 steps" in card and f"| all | {scores['exact_match']:.1f} |" in card
+
+
+def test_the_preset_and_the_tokenizer_agree():
+    config, tokenizer = KeyeConfig.from_preset("keye-tiny"), build_tokenizer()
+    assert config.text_config.vocab_size == len(tokenizer)
+    assert config.text_config.eos_token_id == tokenizer.eos_token_id
+    assert config.text_config.pad_token_id == tokenizer.pad_token_id
+    for name, token in (
+        ("image_token_id", "<|image_pad|>"),
+        ("video_token_id", "<|video_pad|>"),
+        ("vision_start_token_id", "<|vision_start|>"),
+        ("vision_end_token_id", "<|vision_end|>"),
+    ):
+        assert getattr(config, name) == tokenizer.convert_tokens_to_ids(token)
