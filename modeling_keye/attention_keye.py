@@ -335,7 +335,9 @@ class KeyeLatentAttention(KeyeAttention):
         else:
             latent = self.q_a_layernorm(self.q_a_proj(hidden_states))
             q = self.q_b_proj(latent)
-        q_nope, q_rope = q.unflatten(-1, (self.num_heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)
+        q_nope, q_rope = q.unflatten(-1, (-1, self.nope_dim + self.rope_dim)).split(
+            [self.nope_dim, self.rope_dim], dim=-1
+        )
         kv, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.rope_dim], dim=-1)
         queries = torch.cat([q_nope, rotate(q_rope, cos, sin, self.interleaved)], dim=-1)
         k_rope = rotate(k_rope.unsqueeze(2), cos, sin, self.interleaved).squeeze(2)
@@ -344,18 +346,18 @@ class KeyeLatentAttention(KeyeAttention):
 
     def _up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """W_UK [H, nope, C] and W_UV [H, value, C]."""
-        if type(self.kv_b_proj) is nn.Linear:
+        if type(self.kv_b_proj) is nn.Linear and not hasattr(self.kv_b_proj, "_hf_hook"):
             weight = self.kv_b_proj.weight
-        else:  # adapters and quantised layers have no plain weight: read it through the layer itself
+        else:  # adapters, quantised and offloaded layers have no plain weight: read it through the layer itself
             eye = torch.eye(self.kv_lora_rank, dtype=self.kv_a_layernorm.weight.dtype, device=self.o_proj.weight.device)
             weight = self.kv_b_proj(eye).T
-        return weight.view(self.num_heads, -1, self.kv_lora_rank).split([self.nope_dim, self.value_dim], dim=1)
+        return weight.unflatten(0, (-1, self.nope_dim + self.value_dim)).split([self.nope_dim, self.value_dim], dim=1)
 
     def expand_kv(self, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """latent [B, 1, T, C], k_rope [B, 1, T, R] -> keys [B, H, T, nope + R], values [B, H, T, value]."""
-        kv = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        kv = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, self.nope_dim + self.value_dim)).transpose(1, 2)
         k_nope, values = kv.split([self.nope_dim, self.value_dim], dim=-1)
-        return torch.cat([k_nope, k_rope.expand(-1, self.num_heads, -1, -1)], dim=-1), values
+        return torch.cat([k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)], dim=-1), values
 
     def expand(self, states):
         return self.expand_kv(*states[0].split([self.kv_lora_rank, self.rope_dim], dim=-1))
@@ -374,7 +376,7 @@ class KeyeLatentAttention(KeyeAttention):
     def attend_dense(self, queries, states, query_offset, key_mask):
         batch, num_queries = queries.shape[:2]
         num_keys = states[0].shape[2]
-        expanded = batch * num_keys * self.num_heads * (self.nope_dim + self.rope_dim)
+        expanded = batch * num_keys * queries.shape[2] * (self.nope_dim + self.rope_dim)
         if num_queries * 4 < num_keys or expanded > _MAX_EXPANDED_ELEMENTS:
             w_uk, w_uv = self._up_projections()
             out = dense_latent_attention(

@@ -330,9 +330,9 @@ class KeyeTextConfig(PreTrainedConfig):
                 in_groups = self.n_routed_experts // self.n_group * self.topk_group
                 if self.n_routed_experts // self.n_group < 2 or self.num_experts_per_tok > in_groups:
                     raise ValueError(
-                        f"Groups of {self.n_routed_experts // self.n_group} experts, {self.topk_group} kept, do "
-                        f"not allow `num_experts_per_tok` {self.num_experts_per_tok}: a group needs two experts or more, and the "
-                        "kept groups as many as are chosen."
+                        f"Groups of {self.n_routed_experts // self.n_group} experts, {self.topk_group} kept, do not "
+                        f"allow `num_experts_per_tok` {self.num_experts_per_tok}: a group needs two experts or more, "
+                        "and the kept groups as many as are chosen."
                     )
             elif self.n_group != 1 or self.topk_group != 1:
                 raise ValueError(

@@ -78,8 +78,13 @@ class KeyeGenerationMixin(GenerationMixin):
         repeated = [part for part in per_sequence for _ in range(expand_size)]
         return BaseModelOutputWithPooling(pooler_output=tuple(repeated))
 
-    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool = False, **kwargs):
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, inputs_embeds=None, is_first_iteration: bool = False, **kwargs
+    ):
+        # The library looks for `inputs_embeds` in this signature before it generates from embeddings.
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("mm_encoder_outputs", None)  # the features are in the cache by now
         return inputs

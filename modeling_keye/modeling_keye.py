@@ -214,7 +214,8 @@ class KeyeModelOutputWithPast(ModelOutput):
     """Output of `KeyeTextModel` and `KeyeModel`.
 
     rope_deltas: int64 [B, 1], what a text token's position adds to its slot (three-axis position ids only).
-    indexer_selections: per layer int32 [B, S, K], the slots that each query kept (`output_indexer_selections=True`).
+    indexer_selections: one int32 [B, S, K] per layer that selects, in order: the slots that each query kept
+        (`output_indexer_selections=True`).
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -572,6 +573,9 @@ class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         # The library picks a loss by class name, and this name matches none.
         self.loss_type = "ForConditionalGeneration"
+        # A generated placeholder would stand for pixels that nobody gave.
+        if self.generation_config.suppress_tokens is None:
+            self.generation_config.suppress_tokens = [config.image_token_id, config.video_token_id]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

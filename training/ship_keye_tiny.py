@@ -9,7 +9,7 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationConfig
 
 from modeling_keye import KeyeConfig, KeyeForVideoQA, KeyeImageProcessor, KeyeProcessor, KeyeVideoProcessor
@@ -163,7 +163,7 @@ def main() -> None:
 
     run = json.loads((arguments.run / "run.json").read_text())
     model = KeyeForVideoQA(KeyeConfig.from_preset("keye-tiny"))
-    model.load_state_dict(torch.load(arguments.run / "weights.pt"))
+    model.load_state_dict(load_file(arguments.run / "weights.safetensors"))
     write_checkpoint(model, arguments.output)
 
     shipped = AutoModelForMultimodalLM.from_pretrained(arguments.output).eval()

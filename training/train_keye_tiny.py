@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments, set_seed
@@ -55,9 +56,9 @@ class Stage:
 
 STAGES = (
     Stage("frames", 2400, 1.5e-3, VISION),
-    Stage("drills", 1000, 3e-3, DECODER, Mixture(clips=16, frames=(2, 5), words=1.0, drills=1.0)),
-    Stage("words", 1200, 2e-3, DECODER, Mixture(clips=20, frames=(2, 12), words=1.0, drills=0.5)),
-    Stage("videos", 1200, 1e-3, (*VISION, *DECODER), Mixture(clips=20, frames=(2, 12), words=0.1, drills=0.3)),
+    Stage("drills", 700, 3e-3, DECODER, Mixture(clips=32, frames=(2, 8), words=1.0, drills=1.0)),
+    Stage("words", 900, 2e-3, DECODER, Mixture(clips=20, frames=(2, 12), words=1.0, drills=0.4)),
+    Stage("videos", 1500, 1e-3, (*VISION, *DECODER), Mixture(clips=20, frames=(2, 12), words=0.1, drills=0.3)),
 )
 FRAME_CLIPS = 24
 WARMUP_STEPS = 100
@@ -178,12 +179,12 @@ def frame_collator():
 def train_stage(model: KeyeForVideoQA, encoder: ConversationEncoder, stage: Stage, output: Path, seed: int) -> dict:
     """Run one stage, or pick up where an interrupted run left it, and return its record.
 
-    The weights end in `output/<stage>/weights.pt`. `seconds` counts from the last interruption.
+    The weights end in `output/<stage>/weights.safetensors`. `seconds` counts from the last interruption.
     """
     folder = output / stage.name
-    weights, record = folder / "weights.pt", folder / "stage.json"
+    weights, record = folder / "weights.safetensors", folder / "stage.json"
     if record.exists():
-        model.load_state_dict(torch.load(weights), strict=False)
+        model.load_state_dict(load_file(weights), strict=False)
         return json.loads(record.read_text())
     for name, parameter in model.named_parameters():
         # The indexer learns from its own loss, not from this one; these prompts fit into its budget anyway.
@@ -192,8 +193,8 @@ def train_stage(model: KeyeForVideoQA, encoder: ConversationEncoder, stage: Stag
         output_dir=str(folder),
         max_steps=stage.steps,
         learning_rate=stage.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.02},
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": stage.steps // 5, "min_lr_ratio": 0.02},
         warmup_steps=min(WARMUP_STEPS, stage.steps // 4),
         adam_beta2=0.98,
         weight_decay=0.0,
@@ -220,7 +221,7 @@ def train_stage(model: KeyeForVideoQA, encoder: ConversationEncoder, stage: Stag
     print(json.dumps({"stage": stage.name, "steps": stage.steps}), flush=True)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
-    torch.save({k: v for k, v in model.state_dict().items() if k.startswith(stage.part)}, weights)
+    save_file({name: value for name, value in model.state_dict().items() if name.startswith(stage.part)}, weights)
     done = {"name": stage.name, "steps": stage.steps, "seconds": round(time.perf_counter() - started)}
     record.write_text(json.dumps(done))
     return done
@@ -247,7 +248,7 @@ def main() -> None:
         done.append(train_stage(model, encoder, stage, arguments.output, arguments.seed * len(STAGES) + number))
     if len(done) < len(STAGES):
         return
-    torch.save(model.state_dict(), arguments.output / "weights.pt")
+    save_file(model.state_dict(), arguments.output / "weights.safetensors")
     run = {
         "command": f"python -m training.train_keye_tiny {shlex.join(sys.argv[1:])}",
         "seed": arguments.seed,

@@ -118,7 +118,9 @@ def test_crop_and_go_on(removed):
     assert_holds(layer, cut(everything, 40 - removed))
     other = states(40, seed=9)
     append(layer, 40 - removed, 40, other)
-    expected = [torch.cat([a[..., : 40 - removed, :], b[..., 40 - removed :, :]], dim=-2) for a, b in zip(everything, other)]
+    expected = [
+        torch.cat([a[..., : 40 - removed, :], b[..., 40 - removed :, :]], dim=-2) for a, b in zip(everything, other)
+    ]
     assert_holds(layer, expected)
     assert layer.keys.data_ptr() == pointer  # the room of the removed tokens is used again
 

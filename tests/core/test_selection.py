@@ -292,7 +292,7 @@ def test_without_indexer_equals_the_mask(num_keys, window, stride):
     mask = sparse_attention_mask(num_keys, window, stride)
     assert torch.equal(kept[:, :-1], mask)
     t, s = np.mgrid[0:num_keys, 0:num_keys]
-    assert np.array_equal(mask.numpy(), (s <= t) & (((t - window <= s)) | (s % stride == 0)))
+    assert np.array_equal(mask.numpy(), (s <= t) & ((t - window <= s) | (s % stride == 0)))
 
 
 @pytest.mark.parametrize("attention", ["keye_sparse", "eager"])

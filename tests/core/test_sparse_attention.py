@@ -98,7 +98,8 @@ KINDS = ["mla", "gqa1", "gqa2", "gqa6"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("num_queries", "num_keys", "width"), [(1, 1, 1), (15, 15, 4), (63, 63, 80), (40, 111, 8), (1, 129, 64), (129, 129, 16)]
+    ("num_queries", "num_keys", "width"),
+    [(1, 1, 1), (15, 15, 4), (63, 63, 80), (40, 111, 8), (1, 129, 64), (129, 129, 16)],
 )
 def test_equals_masked_maths(kind, num_queries, num_keys, width):
     indices, kept = random_kept(num_queries, num_keys, width)
@@ -226,6 +227,15 @@ def test_steps_agree(kind, monkeypatch):
         torch.testing.assert_close(other_lse, lse, atol=1e-12, rtol=0)
         for first, second in zip(torch.autograd.grad(other.square().sum(), inputs), grads, strict=True):
             torch.testing.assert_close(first, second, atol=1e-12, rtol=0)
+
+
+def test_more_rows_than_sixteen_bits_count():
+    num_queries = 70_000
+    q, kv = torch.randn(1, num_queries, 1, 3), torch.randn(1, num_queries, 3)
+    indices = torch.arange(num_queries, dtype=torch.int32)[None, :, None]
+    out, lse = sparse_mla(q, kv, indices, 1.0, 2)  # each query reads its own row only
+    assert torch.equal(out[:, :, 0], kv[..., :2])
+    torch.testing.assert_close(lse[..., 0], (q[:, :, 0] * kv).sum(dim=-1))
 
 
 @pytest.mark.parametrize("kind", ["mla", "gqa2"])

@@ -144,7 +144,9 @@ def tiny_model(
     kind: str = "mla", *, seed: int = 0, attn_implementation: str | None = None, dtype=torch.float32, **text_overrides
 ) -> KeyeForVideoQA:
     """A random model in evaluation mode; equal arguments give equal weights."""
-    return model_of(tiny_config(kind, **text_overrides), seed=seed, attn_implementation=attn_implementation, dtype=dtype)
+    return model_of(
+        tiny_config(kind, **text_overrides), seed=seed, attn_implementation=attn_implementation, dtype=dtype
+    )
 
 
 def model_of(
@@ -156,7 +158,13 @@ def model_of(
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation
         model = KeyeForVideoQA(config)
-    model = randomise(model, seed).to(dtype).eval()
+    model = randomise(model, seed).eval()
+    with torch.no_grad():
+        # Logit 0 is far below the largest: no placeholder is ever generated.
+        model.lm_head.weight[FIRST_SPECIAL:] = 0
+    for name, weight in model.named_parameters():  # as loading in `dtype` does: buffers and some weights stay float32
+        if not any(key in name for key in model._keep_in_fp32_modules_strict):
+            weight.data = weight.data.to(dtype)
     model.generation_config.eos_token_id = None  # generated lengths are the asked ones
     return model
 

@@ -37,7 +37,7 @@ def rope(**extra) -> dict:
         ({"spatial_merge_size": 0}, "`spatial_merge_size` is 0; it must be at least 1"),
         ({"num_attention_heads": 0}, "`num_attention_heads` is 0; it must be at least 1"),
         ({"encode_chunk_patches": 0}, "`encode_chunk_patches` is 0; it must be at least 1"),
-        ({"temporal_patch_size": 2}, "`temporal_patch_size` is 2; the Keye tower encodes every frame by itself"),
+        ({"temporal_patch_size": 2}, "`temporal_patch_size` is 2; the Keye tower encodes each frame alone"),
         ({"video_attention": "window"}, "`video_attention` is 'window'; it must be one of 'frame', 'clip'"),
         ({"projector_norm": "none"}, "`projector_norm` is 'none'; it must be one of 'post_merge', 'pre_merge'"),
         (
@@ -88,7 +88,7 @@ def test_contradictions_in_the_vision_part_are_refused(settings, sentence):
         ),
         ({"local_window": -1}, "`local_window` is -1; it must be at least 0"),
         ({**GQA, "num_attention_heads": 0}, "`num_attention_heads` is 0; it must be at least 1"),
-        ({"attention_dropout": 0.1}, "`attention_dropout` is 0.1; the decoder's attention has no dropout"),
+        ({"attention_dropout": 0.1}, "`attention_dropout` is 0.1; the decoder has no attention dropout"),
         (
             {**GQA, "indexer_type": "deepseek_v32"},
             "reads the query latent of MLA, but there is none (`attention_type='gqa'`",
@@ -102,7 +102,7 @@ def test_contradictions_in_the_vision_part_are_refused(settings, sentence):
         ({**GQA, "num_key_value_heads": 3}, "`num_attention_heads` 4 is not a multiple of `num_key_value_heads` 3"),
         ({"qk_rope_head_dim": 63}, "The rotary dimension is 63; it must be even"),
         ({**GQA, "head_dim": 15}, "The rotary dimension is 15; it must be even"),
-        ({"rope_parameters": rope(rope_type="mrope")}, "`rope_type` 'mrope'; known: default,"),
+        ({"rope_parameters": rope(rope_type="mrope")}, "`rope_type` is 'mrope'; it must be one of default,"),
         ({**GQA, "rope_parameters": rope(mrope_section=[4, 4])}, "`mrope_section` [4, 4] must hold three numbers"),
         ({**GQA, "rope_parameters": rope(mrope_section=[2, 3, 4])}, "add up to half the rotary dimension (8)"),
         (
@@ -141,7 +141,7 @@ def test_contradictions_in_the_vision_part_are_refused(settings, sentence):
         ({"n_group": 7}, "`n_routed_experts` 256 cannot be split in `n_group` 7 equal groups"),
         ({"topk_group": 9}, "of which `topk_group` 9 are kept"),
         ({"n_routed_experts": 8}, "a group needs two experts or more"),
-        ({"n_routed_experts": 16, "topk_group": 2}, "cannot give `num_experts_per_tok` 8"),
+        ({"n_routed_experts": 16, "topk_group": 2}, "do not allow `num_experts_per_tok` 8"),
         ({"scoring_func": "softmax"}, "`scoring_func='softmax'` has no groups, but `n_group` is 8 and `topk_group` 4"),
     ],
 )

