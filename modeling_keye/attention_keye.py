@@ -344,12 +344,12 @@ class KeyeLatentAttention(KeyeAttention):
         rows = torch.cat([self.kv_a_layernorm(kv), k_rope], dim=-1).unsqueeze(1)
         return queries, (rows, rows[..., :0]), latent
 
-    def _up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """W_UK [H, nope, C] and W_UV [H, value, C]."""
+    def _up_projections(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """W_UK [H, nope, C] and W_UV [H, value, C], on the device and in the dtype of the queries."""
         if type(self.kv_b_proj) is nn.Linear and not hasattr(self.kv_b_proj, "_hf_hook"):
             weight = self.kv_b_proj.weight
         else:  # adapters, quantised and offloaded layers have no plain weight: read it through the layer itself
-            eye = torch.eye(self.kv_lora_rank, dtype=self.kv_a_layernorm.weight.dtype, device=self.o_proj.weight.device)
+            eye = torch.eye(self.kv_lora_rank, dtype=queries.dtype, device=queries.device)
             weight = self.kv_b_proj(eye).T
         return weight.unflatten(0, (-1, self.nope_dim + self.value_dim)).split([self.nope_dim, self.value_dim], dim=1)
 
@@ -367,7 +367,7 @@ class KeyeLatentAttention(KeyeAttention):
         return torch.cat([torch.einsum("bshn,hnc->bshc", q_nope, w_uk), q_rope], dim=-1)
 
     def attend_sparse(self, queries, states, selected):
-        w_uk, w_uv = self._up_projections()
+        w_uk, w_uv = self._up_projections(queries)
         out, _ = sparse_mla(
             self._absorb(queries, w_uk), states[0].squeeze(1), selected, self.scaling, self.kv_lora_rank
         )
@@ -378,7 +378,7 @@ class KeyeLatentAttention(KeyeAttention):
         num_keys = states[0].shape[2]
         expanded = batch * num_keys * queries.shape[2] * (self.nope_dim + self.rope_dim)
         if num_queries * 4 < num_keys or expanded > _MAX_EXPANDED_ELEMENTS:
-            w_uk, w_uv = self._up_projections()
+            w_uk, w_uv = self._up_projections(queries)
             out = dense_latent_attention(
                 self._absorb(queries, w_uk),
                 states[0].squeeze(1),
