@@ -197,17 +197,17 @@ def candidates(clip: Clip) -> dict[str, list[tuple[str, dict[str, str], str]]]:
 def make_questions(
     clip: Clip, rng: np.random.Generator, number: int, kinds: tuple[str, ...] = KINDS, drill: bool = False
 ) -> list[Question]:
-    """Draw up to `number` different questions, kinds in equal shares as far as the clip allows.
+    """Draw up to `number` different questions, kinds in the shares of `kinds` as far as the clip allows.
 
-    Numbers are asked for by value, so that "0" and "1" do not crowd out larger counts. With `drill` the questions are
-    the terse ones of `DRILLS`.
+    A kind named twice is asked twice as often. Numbers are asked for by value, so that "0" and "1" do not crowd out
+    larger counts. With `drill` the questions are the terse ones of `DRILLS`.
     """
     pools = {kind: pool for kind, pool in candidates(clip).items() if pool and kind in kinds}
     questions = []
     order: list[str] = []
     while pools and len(questions) < number:
         if not order:
-            order = [str(kind) for kind in rng.permutation(list(pools))]
+            order = [str(kind) for kind in rng.permutation([kind for kind in kinds if kind in pools])]
         kind = order.pop()
         pool = pools[kind]
         choices = pool

@@ -54,11 +54,13 @@ class Stage:
     mixture: Mixture | None = None
 
 
+# Matching two words ("red circle") is learned later than matching one time stamp, and is asked for more often.
+SHARES = ("what", "colour", "when", "when", "count", "order", "order")
 STAGES = (
     Stage("frames", 2400, 1.5e-3, VISION),
     Stage("drills", 700, 3e-3, DECODER, Mixture(clips=32, frames=(2, 8), words=1.0, drills=1.0)),
-    Stage("words", 900, 2e-3, DECODER, Mixture(clips=20, frames=(2, 12), words=1.0, drills=0.4)),
-    Stage("videos", 1500, 1e-3, (*VISION, *DECODER), Mixture(clips=20, frames=(2, 12), words=0.1, drills=0.3)),
+    Stage("words", 1100, 3e-3, DECODER, Mixture(24, frames=(2, 12), words=1.0, drills=0.5, kinds=SHARES)),
+    Stage("videos", 1000, 1e-3, (*VISION, *DECODER), Mixture(20, frames=(2, 12), words=0.1, drills=0.3, kinds=SHARES)),
 )
 FRAME_CLIPS = 24
 WARMUP_STEPS = 100

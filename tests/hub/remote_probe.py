@@ -18,6 +18,7 @@ from transformers import (  # noqa: E402
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    AutoTokenizer,
     pipeline,
 )
 
@@ -56,8 +57,24 @@ def load(folder: str, clip: str, auto_class: str = "AutoModel") -> dict:
             part.__name__: part.__module__.split(".")[0] for part in (type(model), type(processor), type(config))
         },
         "tokens": answer(model, processor, clip),
-        "norm": model.lm_head.weight.double().norm().item(),
+        "ids": AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("a red ball").input_ids,
+        "runs": [
+            model.model.language_model.config._attn_implementation,
+            model.model.visual.config._attn_implementation,
+            model.model.language_model.config._experts_implementation,
+        ],
     }
+
+
+def load_eager(folder: str, clip: str) -> list[list[int]]:
+    """Answers under eager attention and experts, asked for at load and switched later."""
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModel.from_pretrained(
+        folder, trust_remote_code=True, attn_implementation="eager", experts_implementation="eager"
+    )
+    tokens = [answer(model, processor, clip)]
+    model.set_attn_implementation({"text_config": "keye_sparse", "vision_config": "sdpa"})
+    return [*tokens, answer(model, processor, clip)]
 
 
 def resave(folder: str, to: str) -> None:

@@ -23,14 +23,15 @@ def clean_process(probe, bare_folder, clip, tmp_path_factory) -> dict:
     target = tmp_path_factory.mktemp("resaved") / "keye-resaved"
     model_only = tmp_path_factory.mktemp("resaved") / "model-only"
     auto_classes = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-    *loaded, _, _, imported = probe(
+    *loaded, eager, _, _, imported = probe(
         *(("load", {"folder": bare_folder, "clip": clip, "auto_class": name}) for name in auto_classes),
+        ("load_eager", {"folder": bare_folder, "clip": clip}),
         ("resave", {"folder": bare_folder, "to": target}),
         ("resave_model_only", {"folder": bare_folder, "to": model_only}),
         ("imported", {"names": OURS}),
     )
     loaded = dict(zip(auto_classes, loaded, strict=True))
-    return {"loaded": loaded, "resaved": target, "model_only": model_only, "imported": imported}
+    return {"loaded": loaded, "eager": eager, "resaved": target, "model_only": model_only, "imported": imported}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,15 @@ def test_a_bare_folder_answers_where_the_package_is_absent(clean_process, auto_c
     result = clean_process["loaded"][auto_class]
     assert result["classes"] == dict.fromkeys(["KeyeForVideoQA", "KeyeProcessor", "KeyeConfig"], "transformers_modules")
     assert result["tokens"] == expected_tokens
+    assert result["ids"] == small_processor().tokenizer("a red ball").input_ids
     assert clean_process["imported"] == []
+
+
+def test_remote_code_takes_the_fast_paths_and_gives_them_up_when_asked(clean_process, expected_tokens):
+    """The library decides by the text of the model file whether attention and experts can be switched at all."""
+    for result in clean_process["loaded"].values():
+        assert result["runs"] == ["keye_sparse", "sdpa", "grouped_mm"]
+    assert clean_process["eager"] == [expected_tokens] * 2
 
 
 def test_saving_from_remote_code_keeps_every_file(clean_process):

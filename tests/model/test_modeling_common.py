@@ -872,3 +872,25 @@ def test_training_does_not_depend_on_the_encoding_chunk(kind, chunk):
     for name, gradient in expected.items():
         if gradient is not None:
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_torch_compile_for_training(kind):
+    """Compiled in pieces (the media and the selection need values on the host), with the same loss and gradients."""
+    model = fresh_model(kind, num_hidden_layers=1)
+    inputs = media_inputs(model.config, "video", batch=2)
+    expected = train_step(model, inputs)
+    compiled = fresh_model(kind, num_hidden_layers=1)
+    compiled.compile(backend="eager")
+    try:
+        gradients = train_step(compiled, inputs)
+    finally:
+        torch.compiler.reset()
+    for name, gradient in expected.items():
+        assert (gradient is None) == (gradients[name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_no_whole_graph_is_promised():
+    """`generate` compiles the forward pass of models that set this; ours reads lengths and grids on the host."""
+    assert not KeyeForVideoQA._can_compile_fullgraph

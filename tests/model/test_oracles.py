@@ -233,3 +233,72 @@ def check_logits(model, peer, name: str, attention: str) -> None:
         theirs = peer(batch, attention_mask=mask, position_ids=positions).logits
     assert math.isfinite(float(ours.sum()))
     assert largest_difference(ours[mask.bool()], theirs[mask.bool()]) <= TOLERANCE
+
+
+def test_keye_vl_2_attention_written_out():
+    """Keye-VL-2.0's attention layer has no peer in the library: its maths from the weights alone, in float64.
+
+    Contiguous three-axis rotary sections, half-split; indexer rotary over all dimensions with scaled sections; gates are
+    the last rows of `q_proj`, scaled by Di^-0.5 only.
+    """
+    topk, num_tokens = 12, 80
+    model = tiny_model("gqa", index_topk=topk, local_window=None, anchor_stride=None, num_hidden_layers=1)
+    text = model.config.text_config
+    layer = model.model.language_model.layers[0]
+    attention = layer.self_attn
+    # Positions as video tokens have them: different on each axis.
+    generator = torch.Generator().manual_seed(1)
+    positions = torch.randint(0, 200, (3, 1, num_tokens), generator=generator)
+    ids = text_ids(1, num_tokens)
+    seen = {}
+    attention.register_forward_hook(lambda module, args, kwargs, out: seen.update(out=out[0]), with_kwargs=True)
+    attention.register_forward_pre_hook(lambda module, args, kwargs: seen.update(x=args[0]), with_kwargs=True)
+    with torch.no_grad():
+        output = model(ids, position_ids=positions, output_indexer_selections=True)
+
+    w = {name: weight.double() for name, weight in attention.named_parameters()}
+    x = seen["x"][0].double()
+    embedded = model.get_input_embeddings().weight[ids[0]].double()
+    normed = embedded / (embedded.square().mean(-1, keepdim=True) + text.rms_norm_eps).sqrt()
+    torch.testing.assert_close(x, normed * layer.input_layernorm.weight.double(), atol=1e-5, rtol=0)
+
+    def rms(value, weight):
+        return value / (value.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+    def rotated(value, sections):
+        """value [S, heads, d]: pair i = (i, i + d/2) turns by the position of its axis times theta^(-2i/d)."""
+        half = value.shape[-1] // 2
+        axis = [a for a, count in enumerate(sections) for _ in range(count)]
+        result = value.clone()
+        for i in range(half):
+            angle = positions[axis[i], 0].double() * 10000.0 ** (-i / half)
+            cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+            first, second = value[..., i], value[..., i + half]
+            result[..., i], result[..., i + half] = first * cos - second * sin, second * cos + first * sin
+        return result
+
+    heads, dim = text.index_n_heads, text.index_head_dim
+    projected = x @ w["indexer.q_proj.weight"].T
+    q = rms(projected[:, : heads * dim].unflatten(-1, (heads, dim)), w["indexer.q_norm.weight"])
+    gates = projected[:, heads * dim :] * dim**-0.5
+    k = x @ w["indexer.k_proj.weight"].T
+    k = (k - k.mean(-1, keepdim=True)) / (k.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    k = k * w["indexer.k_norm.weight"] + w["indexer.k_norm.bias"]
+    q, k = rotated(q, [4, 6, 6]), rotated(k[:, None], [4, 6, 6])[:, 0]
+    scores = torch.einsum("sht,sh->st", torch.einsum("shd,td->sht", q, k).relu(), gates)
+    kept = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+    for t in range(num_tokens):
+        kept[t, scores[t, : t + 1].sort(descending=True, stable=True).indices[:topk]] = True
+    selected = [row[row >= 0].tolist() for row in output.indexer_selections[0][0]]
+    assert selected == [row.nonzero().squeeze(-1).tolist() for row in kept]
+
+    queries = rms((x @ w["q_proj.weight"].T).unflatten(-1, (6, 16)), w["q_norm.weight"])
+    keys = rms((x @ w["k_proj.weight"].T).unflatten(-1, (2, 16)), w["k_norm.weight"])
+    values = (x @ w["v_proj.weight"].T).unflatten(-1, (2, 16))
+    queries, keys = rotated(queries, [2, 3, 3]), rotated(keys, [2, 3, 3])
+    result = torch.empty_like(queries)
+    for head in range(6):
+        weights = queries[:, head] @ keys[:, head // 3].T * 16**-0.5
+        weights = weights.masked_fill(~kept, -math.inf).softmax(dim=-1)
+        result[:, head] = weights @ values[:, head // 3]
+    torch.testing.assert_close(seen["out"][0].double(), result.flatten(1) @ w["o_proj.weight"].T, atol=2e-5, rtol=0)

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from modeling_keye import KeyeForVideoQA, KeyeProcessor
-from tests.model.checkpoints import small_model, small_processor
-from tests.processing.conftest import write_clip
+from modeling_keye import KeyeForVideoQA
+from tests.model.checkpoints import small_model
+from tests.training.conftest import collate
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.compat
@@ -24,46 +24,6 @@ LORA_TARGETS = {
     "mla": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
     "gqa": r".*language_model.*self_attn\.(q_proj|k_proj|v_proj|o_proj)",
 }
-
-
-@pytest.fixture(scope="module")
-def processor() -> KeyeProcessor:
-    return small_processor()
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("clips")
-    clips = [write_clip(folder / f"{i}.mp4", count=6 + 4 * i, size=(56, 56)) for i in range(2)]
-    questions = [("which colour?", "red"), ("how many are there?", "three"), ("when?", "at 2.0"), ("what?", "a cat")]
-    return [
-        {"video": str(clips[i % 2]), "question": question, "answer": answer}
-        for i, (question, answer) in enumerate(questions)
-    ]
-
-
-def collate(processor, records: list[dict]) -> dict[str, torch.Tensor]:
-    conversations = [
-        [
-            {
-                "role": "user",
-                "content": [{"type": "video", "path": record["video"]}, {"type": "text", "text": record["question"]}],
-            },
-            {"role": "assistant", "content": [{"type": "text", "text": record["answer"]}]},
-        ]
-        for record in records
-    ]
-    batch = processor.apply_chat_template(
-        conversations,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        return_assistant_tokens_mask=True,
-        processor_kwargs={"num_frames": 2, "padding": True},
-    )
-    mask = torch.as_tensor(batch.pop("assistant_masks")).bool()
-    batch.pop("video_metadata", None)
-    return {**batch, "labels": batch["input_ids"].masked_fill(~mask, -100)}
 
 
 def make_trainer(model, processor, records, output: Path, **options) -> Trainer:
