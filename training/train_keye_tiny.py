@@ -44,7 +44,8 @@ WORDS = (*COLOURS, *SHAPES, NOTHING)
 class Stage:
     """One run of `Trainer` over the weights whose names begin with `part`.
 
-    `mixture` is None for the stage that trains the vision tower on single frames.
+    `mixture` is None for the stage that trains the vision tower on single frames; `decay` is the last share of the
+    steps, in which the learning rate falls.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Stage:
     learning_rate: float
     part: tuple[str, ...]
     mixture: Mixture | None = None
+    decay: float = 0.25
 
 
 # Matching two words ("red circle") is learned later than matching one time stamp, and is asked for more often.
@@ -59,7 +61,7 @@ SHARES = ("what", "colour", "when", "when", "count", "order", "order")
 STAGES = (
     Stage("frames", 2400, 1.5e-3, VISION),
     Stage("drills", 700, 3e-3, DECODER, Mixture(clips=32, frames=(2, 8), words=1.0, drills=1.0)),
-    Stage("words", 1100, 3e-3, DECODER, Mixture(24, frames=(2, 12), words=1.0, drills=0.5, kinds=SHARES)),
+    Stage("words", 1100, 3e-3, DECODER, Mixture(24, frames=(2, 12), words=1.0, drills=0.5, kinds=SHARES), decay=0.2),
     Stage("videos", 1000, 1e-3, (*VISION, *DECODER), Mixture(20, frames=(2, 12), words=0.1, drills=0.3, kinds=SHARES)),
 )
 FRAME_CLIPS = 24
@@ -196,7 +198,7 @@ def train_stage(model: KeyeForVideoQA, encoder: ConversationEncoder, stage: Stag
         max_steps=stage.steps,
         learning_rate=stage.learning_rate,
         lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": stage.steps // 5, "min_lr_ratio": 0.02},
+        lr_scheduler_kwargs={"num_decay_steps": round(stage.steps * stage.decay), "min_lr_ratio": 0.02},
         warmup_steps=min(WARMUP_STEPS, stage.steps // 4),
         adam_beta2=0.98,
         weight_decay=0.0,

@@ -43,7 +43,6 @@ def answer(model, processor, clip: str) -> list[int]:
         return_tensors="pt",
         processor_kwargs={"num_frames": 4},
     )
-    inputs.pop("video_metadata", None)
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     return output[0, inputs["input_ids"].shape[1] :].tolist()
 

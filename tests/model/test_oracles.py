@@ -238,8 +238,8 @@ def check_logits(model, peer, name: str, attention: str) -> None:
 def test_keye_vl_2_attention_written_out():
     """Keye-VL-2.0's attention layer has no peer in the library: its maths from the weights alone, in float64.
 
-    Contiguous three-axis rotary sections, half-split; indexer rotary over all dimensions with scaled sections; gates are
-    the last rows of `q_proj`, scaled by Di^-0.5 only.
+    Contiguous three-axis rotary sections, half-split; indexer rotary over all dimensions with scaled sections; gates
+    are the last rows of `q_proj`, scaled by Di^-0.5 only.
     """
     topk, num_tokens = 12, 80
     model = tiny_model("gqa", index_topk=topk, local_window=None, anchor_stride=None, num_hidden_layers=1)

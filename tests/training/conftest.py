@@ -44,5 +44,4 @@ def collate(processor, records: list[dict]) -> dict[str, torch.Tensor]:
         processor_kwargs={"num_frames": 2, "padding": True},
     )
     mask = torch.as_tensor(batch.pop("assistant_masks")).bool()
-    batch.pop("video_metadata", None)
     return {**batch, "labels": batch["input_ids"].masked_fill(~mask, -100)}
