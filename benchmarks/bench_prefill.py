@@ -26,7 +26,9 @@ def build_models() -> dict[str, torch.nn.Module]:
     """Ours, the peer and the dense model with equal weights."""
     torch.manual_seed(0)
     ours = KeyeTextModel(KeyeTextConfig(**TOY, local_window=None, anchor_stride=None)).eval()
-    dense = KeyeTextModel(KeyeTextConfig(**TOY, indexer_type=None, local_window=None, anchor_stride=None)).eval()
+    # One causal flash call per layer: in chunks the dense model would be slower than it has to be.
+    whole = {"indexer_type": None, "local_window": None, "anchor_stride": None, "prefill_chunk_tokens": 2**30}
+    dense = KeyeTextModel(KeyeTextConfig(**TOY, **whole)).eval()
     peer = DeepseekV32Model(DeepseekV32Config(**TOY)).eval()
     weights = ours.state_dict()
     peer.load_state_dict(weights)
@@ -132,10 +134,10 @@ def main() -> None:
     if arguments.decode_length:
         n = arguments.decode_length
         past = prefill(models["ours"], tokens[:, :n], use_cache=True).past_key_values
-        buffers = [layer.keys.data_ptr() for layer in past.layers]
+        buffers = [(layer.keys.data_ptr(), layer.indexer_keys.data_ptr()) for layer in past.layers]
         past_of_peer = peer_cache(models, past)
         ours_step = decode_seconds(models["ours"], tokens[:, n:], past, steps=8)
-        copied = buffers != [layer.keys.data_ptr() for layer in past.layers]
+        copied = buffers != [(layer.keys.data_ptr(), layer.indexer_keys.data_ptr()) for layer in past.layers]
         peer_step = decode_seconds(models["peer"], tokens[:, n:], past_of_peer, steps=3)
         report["decode"] = {
             "length": n,

@@ -15,6 +15,7 @@ from .sparse_attention_keye import (
     Selection,
     dense_attention,
     dense_latent_attention,
+    resolve_backend,
     select_tokens,
     sparse_gqa,
     sparse_mla,
@@ -196,6 +197,7 @@ class KeyeAttention(nn.Module):
         self.is_sparse = config.layer_types[layer_idx] != "full_attention"
         self.indexer = None
         self.selection = Selection()
+        self.backend_ran: str | None = None
         if self.is_sparse:
             self.selection = Selection(
                 topk=config.index_topk if config.indexer_type else None,
@@ -238,6 +240,7 @@ class KeyeAttention(nn.Module):
         num_keys = query_offset + hidden_states.shape[1]
         states = tuple(state[:, :, :num_keys] for state in states)
         if self.config._attn_implementation == "eager":
+            self.backend_ran = "dense mask"
             return self._eager(queries, states, index, attention_mask, query_offset, output_indexer_selections)
         return self._tiled(queries, states, index, attention_mask, query_offset, first_slot, output_indexer_selections)
 
@@ -251,6 +254,7 @@ class KeyeAttention(nn.Module):
         num_visible = query_offset + num_queries - first_slot
         num_dense = self.selection.dense_length(num_visible) + first_slot - query_offset
         num_dense = num_queries if self.selection.is_dense else min(max(num_dense, 0), num_queries)
+        self.backend_ran = "dense" if num_dense == num_queries else resolve_backend("auto", queries.device)
         outputs, selections = [], []
         if num_dense:
             keys = tuple(state[:, :, : query_offset + num_dense] for state in states)
@@ -377,7 +381,10 @@ class KeyeLatentAttention(KeyeAttention):
         batch, num_queries = queries.shape[:2]
         num_keys = states[0].shape[2]
         expanded = batch * num_keys * queries.shape[2] * (self.nope_dim + self.rope_dim)
-        if num_queries * 4 < num_keys or expanded > _MAX_EXPANDED_ELEMENTS:
+        # Expanding costs C (nope + value) per key and saves this much per query and key.
+        saved = 2 * self.kv_lora_rank - self.nope_dim - self.value_dim
+        pays = num_queries * saved > self.kv_lora_rank * (self.nope_dim + self.value_dim)
+        if not pays or expanded > _MAX_EXPANDED_ELEMENTS:
             w_uk, w_uv = self._up_projections(queries)
             out = dense_latent_attention(
                 self._absorb(queries, w_uk),

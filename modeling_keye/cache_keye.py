@@ -26,8 +26,8 @@ class _Buffer:
         no longer a prefix of the buffer (after a beam reorder, for example)."""
         length = 0 if view is None else view.shape[self.dim]
         needed = length + new.shape[self.dim]
-        if torch.is_grad_enabled() and (new.requires_grad or (view is not None and view.requires_grad)):
-            # Writing in place would break the graph of earlier steps.
+        if torch.is_grad_enabled():
+            # An earlier step may have saved the view for its backward: writing in place would break its graph.
             self.storage = None
             return new if length == 0 else torch.cat([view, new], dim=self.dim)
         if not self._holds(view, new, needed):
@@ -38,6 +38,15 @@ class _Buffer:
                 self.storage.narrow(self.dim, 0, length).copy_(view)
         self.storage.narrow(self.dim, length, new.shape[self.dim]).copy_(new)
         return self.storage.narrow(self.dim, 0, needed)
+
+    def reorder(self, view: torch.Tensor | None, order: torch.Tensor) -> torch.Tensor | None:
+        """`view` with its first dimension in the given order."""
+        if view is None:
+            return None
+        picked = view.index_select(0, order.to(view.device))
+        if picked.shape != view.shape or not self._holds(view, view, view.shape[self.dim]):
+            return picked
+        return view.copy_(picked)
 
     def _holds(self, view: torch.Tensor | None, new: torch.Tensor, needed: int) -> bool:
         storage = self.storage
@@ -77,6 +86,16 @@ class KeyeCacheLayer(DynamicIndexedLayer):
         self.indexer_keys = self._indexer_buffer.append(self.indexer_keys, indexer_key_states, self.expected_tokens)
         return self.indexer_keys
 
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Sequences in the order of `beam_idx` [B], inside the buffers as long as these hold the cache."""
+        self.keys = self._key_buffer.reorder(self.keys, beam_idx)
+        self.values = self._value_buffer.reorder(self.values, beam_idx)
+        self.indexer_keys = self._indexer_buffer.reorder(self.indexer_keys, beam_idx)
+
+    def reset(self) -> None:
+        """Forget everything, buffers included."""
+        self.__init__(self.expected_tokens)
+
     def get_seq_length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[-2]
 
@@ -86,7 +105,9 @@ def adopt_growing_layers(cache: Cache, num_layers: int, expected_tokens: int) ->
 
     Layers that already hold tokens, and layers of any other kind (static, offloaded, sliding), stay as they are.
     """
-    if getattr(cache, "offloading", False) or getattr(cache, "is_compileable", False):
+    if getattr(cache, "offloading", False):
+        raise ValueError("An offloaded cache does not wait for indexer keys; use the default cache instead.")
+    if getattr(cache, "is_compileable", False):
         return
     lazy = getattr(cache, "layer_class_to_replicate", None)
     if lazy is not None and lazy in (DynamicLayer, DynamicIndexedLayer):

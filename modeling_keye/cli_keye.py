@@ -173,7 +173,7 @@ def _answer(args: argparse.Namespace, folder: Path, question: str, device: str) 
                 "copy or download it again"
             )
 
-    with _stage("answering", args.progress, seconds, total=max_new_tokens) as bar, _out_of_memory():
+    with _stage("answering", args.progress, seconds, total=max_new_tokens) as bar, _out_of_memory(), _refusals():
         output = model.generate(
             **inputs.to(model.device, dtype=model.dtype),
             max_new_tokens=max_new_tokens,
@@ -181,7 +181,8 @@ def _answer(args: argparse.Namespace, folder: Path, question: str, device: str) 
             streamer=_TokenCounter(bar.update),
         )
     new_tokens = output[0, prompt_tokens:].cpu()
-    ends = torch.tensor(model.generation_config.eos_token_id).flatten()
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor([] if ends is None else ends).flatten()
     return {
         "answer": processor.decode(new_tokens, skip_special_tokens=True).strip(),
         "complete": bool(torch.isin(new_tokens[-1], ends)),
@@ -346,7 +347,7 @@ _LOADING_ERRORS = (TypeError, KeyError, AttributeError, RuntimeError)
 def _refusals(prefix: str = "", also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn the errors by which our own files and the libraries refuse a file or a value into one sentence."""
     from av.error import FFmpegError
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
     from safetensors import SafetensorError
     from torch import OutOfMemoryError
 
@@ -354,7 +355,7 @@ def _refusals(prefix: str = "", also: tuple[type[Exception], ...] = ()) -> Itera
         yield
     except OutOfMemoryError:
         raise
-    except (ValueError, OSError, FFmpegError, HfHubHTTPError, SafetensorError, *also) as error:
+    except (ValueError, OSError, FFmpegError, HfHubHTTPError, SafetensorError, StrictDataclassError, *also) as error:
         raise InputError(f"{prefix}: {error}" if prefix else str(error)) from error
 
 

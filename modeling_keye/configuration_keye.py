@@ -8,6 +8,7 @@ switches; `KeyeConfig.from_preset` names them.
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -124,7 +125,7 @@ class KeyeTextConfig(PreTrainedConfig):
         rope_parameters (`dict`, *optional*): with `mrope_section` the position ids have three axes (contiguous
             sections); without it they are 1-D. The default is DeepSeek's YaRN.
         rope_interleave (`bool`, defaults to `True`): MLA only: rotate neighbouring pairs instead of halves.
-        prefill_chunk_size (`int`, defaults to 2048): without gradients, a long prompt runs through the decoder in
+        prefill_chunk_tokens (`int`, defaults to 2048): without gradients, a long prompt runs through the decoder in
             chunks of this many tokens, which bounds activation memory. Results do not depend on it.
     """
 
@@ -183,6 +184,7 @@ class KeyeTextConfig(PreTrainedConfig):
     rope_interleave: bool = True
     layer_types: list[str] | None = None
     mlp_layer_types: list[str] | None = None
+    mlp_bias: bool = False
     first_k_dense_replace: int = 3
     moe_intermediate_size: int = 2048
     n_routed_experts: int = 256
@@ -197,7 +199,7 @@ class KeyeTextConfig(PreTrainedConfig):
     output_router_logits: bool = False
     initializer_range: float = 0.02
     use_cache: bool = True
-    prefill_chunk_size: int = 2048
+    prefill_chunk_tokens: int = 2048
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = 0
@@ -249,7 +251,7 @@ class KeyeTextConfig(PreTrainedConfig):
         _one_of("attention_type", self.attention_type, ("mla", "gqa"))
         _one_of("indexer_type", self.indexer_type, ("deepseek_v32", "keye_vl_2", None))
         _one_of("scoring_func", self.scoring_func, ("sigmoid", "softmax"))
-        counts = ["index_topk", "index_n_heads", "index_head_dim", "anchor_stride", "prefill_chunk_size"]
+        counts = ["index_topk", "index_n_heads", "index_head_dim", "anchor_stride", "prefill_chunk_tokens"]
         if self.attention_type == "mla":
             counts += ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
         for name in (*counts, "head_dim", "max_position_embeddings"):
@@ -259,6 +261,16 @@ class KeyeTextConfig(PreTrainedConfig):
             raise ValueError(
                 f"`attention_dropout` is {self.attention_dropout}; the decoder has no attention dropout: set it to 0."
             )
+        if self.mlp_bias:
+            raise ValueError("`mlp_bias` is True, but the MLPs of this decoder have no bias; set it to False.")
+        if self.router_aux_loss_coef:
+            raise ValueError(
+                f"`router_aux_loss_coef` is {self.router_aux_loss_coef}, but there is no auxiliary loss; set it to 0."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` is {self.hidden_act!r}, which the library does not know.")
+        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("`partial_rotary_factor` must be 1: the rotary dimension is `head_dim`.")
         rope_types = ("default", *ROPE_INIT_FUNCTIONS)
         if self.rope_parameters["rope_type"] not in rope_types:
             raise ValueError(
@@ -377,6 +389,8 @@ class KeyeConfig(PreTrainedConfig):
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
         super().__post_init__(**kwargs)
         _one_of("video_position_ids", self.video_position_ids, ("frame", "clip"))
+        if self.text_config.tie_word_embeddings and not self.tie_word_embeddings:
+            raise ValueError("`tie_word_embeddings` is True in `text_config` only; set it on the whole configuration.")
         if self.image_token_id == self.video_token_id:
             raise ValueError(f"`image_token_id` and `video_token_id` are both {self.image_token_id}; they must differ.")
         for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
@@ -387,13 +401,17 @@ class KeyeConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "KeyeConfig":
-        """Configuration of a named model; see `modeling_keye.presets_keye.PRESETS`.
+        """Configuration of a named model (`presets_keye.PRESETS`); overrides of a part change only the given fields.
 
         Raises `ValueError` when the name is unknown.
         """
         if name not in PRESETS:
             raise ValueError(f"There is no preset {name!r}; known: {', '.join(sorted(PRESETS))}.")
-        return cls(**{**PRESETS[name], **overrides})
+        settings = dict(PRESETS[name])
+        for key, value in overrides.items():
+            part = settings.get(key)
+            settings[key] = {**part, **value} if isinstance(part, dict) and isinstance(value, dict) else value
+        return cls(**settings)
 
 
 __all__ = ["KeyeConfig", "KeyeTextConfig", "KeyeVisionConfig"]

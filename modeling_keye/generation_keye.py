@@ -17,24 +17,22 @@ class KeyeGenerationMixin(GenerationMixin):
         text = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         if self.config.text_config.mrope_section is None:
             return text
-        past = model_kwargs.get("past_key_values")
-        past_length = 0 if past is None else int(past.get_seq_length())
-        if past_length and self.model.rope_deltas is not None:
-            deltas = self.model.rope_deltas.to(text.device)
-            slots = torch.arange(text.shape[-1], device=text.device)
-            return torch.cat([text[None], (slots + deltas).expand(3, -1, -1)])
-        grids = {key: model_kwargs.get(key) for key in ("image_grid_thw", "video_grid_thw")}
         ids = model_kwargs.get("input_ids")
         ids = inputs_tensor if ids is None or ids.shape[1] == 0 else ids
-        if ids.dim() == 2 and not ids.is_floating_point() and any(grid is not None for grid in grids.values()):
-            positions, self.model.rope_deltas = self.model.get_rope_index(
-                ids,
-                **grids,
-                attention_mask=model_kwargs.get("attention_mask"),
-                second_per_grid_ts=model_kwargs.get("second_per_grid_ts"),
-            )
-        else:
-            positions, self.model.rope_deltas = text.expand(3, -1, -1), None
+        ids = None if ids.is_floating_point() else ids
+        past = model_kwargs.get("past_key_values")
+        past_length = 0 if past is None else int(past.get_seq_length())
+        if ids is not None and ids.shape[1] == text.shape[-1]:
+            ids = ids[:, past_length:]
+        media = {name: model_kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
+        positions = self.model.get_continued_positions(
+            ids, text.shape[-1] - past_length, model_kwargs.get("attention_mask"), past, **media
+        )
+        if positions is None:
+            return torch.cat([text[None], text.expand(3, -1, -1)])
+        # What is cached has its positions; only the row length must match the library's.
+        cached = torch.zeros(3, text.shape[0], past_length, dtype=torch.long, device=text.device)
+        positions = torch.cat([cached, positions.to(text.device).expand(-1, text.shape[0], -1)], dim=-1)
         return torch.cat([text[None], positions])
 
     def _expand_inputs_for_generation(
@@ -73,7 +71,7 @@ class KeyeGenerationMixin(GenerationMixin):
             raise ValueError(
                 "Beams over images or videos need `input_ids`; `inputs_embeds` alone do not show where they are."
             )
-        tokens = torch.cat(list(output.pooler_output))
+        tokens = self.model.check_features(ids == placeholder, modality, output)
         per_sequence = tokens.split((ids == placeholder).sum(dim=1).tolist())
         repeated = [part for part in per_sequence for _ in range(expand_size)]
         return BaseModelOutputWithPooling(pooler_output=tuple(repeated))

@@ -26,7 +26,7 @@ from .cache_keye import adopt_growing_layers
 from .configuration_keye import KeyeConfig, KeyeTextConfig, KeyeVisionConfig
 from .generation_keye import KeyeGenerationMixin
 from .positions_keye import rope_index
-from .sparse_attention_keye import ATTENTION_NAME, resolve_backend
+from .sparse_attention_keye import ATTENTION_NAME
 from .vision_keye import KeyeProjector, KeyeVisionAttention, KeyeVisionLayer, KeyeVisionTransformer, encode_media
 
 
@@ -46,7 +46,7 @@ class KeyeMLP(nn.Module):
 
 
 class KeyeRouter(nn.Module):
-    """Chooses experts per token; returns (logits [N, E] float32, weights [N, k], indices [N, k]).
+    """Chooses experts per token; returns (logits [N, E], weights [N, k], indices [N, k]).
 
     `sigmoid` (DeepSeek-V3, eq. 12-16): the correction bias and the groups decide the choice, the weights are the
     unbiased sigmoids. `softmax` (Qwen3-MoE): softmax over all experts, then the top k.
@@ -66,7 +66,8 @@ class KeyeRouter(nn.Module):
             scores = choice = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         else:
             dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-            logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
             scores = logits.sigmoid()
             choice = self._within_groups(scores + self.e_score_correction_bias)
         indices = choice.topk(config.num_experts_per_tok, dim=-1).indices
@@ -349,7 +350,16 @@ class KeyeTextModel(KeyePreTrainedModel):
         return self.norm(hidden_states)
 
     def _chunk_size(self, num_queries: int, kwargs: dict) -> int:
-        chunk = kwargs.pop("prefill_chunk_size", None) or self.config.prefill_chunk_size
+        chunk = kwargs.pop("prefill_chunk_size", None)
+        chunk = self.config.prefill_chunk_tokens if chunk is None else chunk
+        if chunk < 1:
+            raise ValueError(f"`prefill_chunk_size` is {chunk}; it must be at least 1.")
+        sparse = self.config._attn_implementation != "eager"
+        if sparse and (kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False)):
+            raise ValueError(
+                "Sparse attention makes no attention matrix to return. Load the model with "
+                "`attn_implementation='eager'` for `output_attentions`, or ask for `output_indexer_selections`."
+            )
         recorded = any(
             kwargs.get(f"output_{name}") or getattr(self.config, f"output_{name}", False)
             for name in self._can_record_outputs
@@ -388,7 +398,16 @@ class KeyeTextModel(KeyePreTrainedModel):
                 position_ids = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, offset:]
             else:
                 position_ids = torch.arange(offset, offset + num_queries, device=device).expand(batch, -1)
+        if position_ids.shape[-1] != num_queries:
+            raise ValueError(
+                f"`position_ids` {tuple(position_ids.shape)} must describe the {num_queries} tokens of this call, not "
+                "those in the cache."
+            )
         if self.config.mrope_section is None:
+            if position_ids.dim() == 3 and position_ids.shape[0] != 4:
+                raise ValueError(
+                    f"Three-axis `position_ids` {tuple(position_ids.shape)} need a configuration with `mrope_section`."
+                )
             return position_ids[0] if position_ids.dim() == 3 else position_ids
         if position_ids.dim() == 2:
             return position_ids.expand(3, -1, -1)
@@ -403,7 +422,6 @@ class KeyeModel(KeyePreTrainedModel):
         self.visual = KeyeVisionModel._from_config(config.vision_config)
         self.projector = KeyeProjector(config.vision_config, config.text_config.hidden_size)
         self.language_model = KeyeTextModel._from_config(config.text_config)
-        self.rope_deltas = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -427,7 +445,9 @@ class KeyeModel(KeyePreTrainedModel):
         return self._features(pixel_values_videos, video_grid_thw, video=True, **kwargs)
 
     def _features(self, pixel_values, grid_thw, video: bool, **kwargs) -> BaseModelOutputWithPooling:
-        pixel_values = pixel_values.to(self.visual.dtype)
+        if grid_thw is None:
+            name = "video_grid_thw" if video else "image_grid_thw"
+            raise ValueError(f"Pixels were passed without `{name}`. Build the inputs with `KeyeProcessor`.")
         recorded = {name: True for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)}
         if not recorded:
             tokens = encode_media(self.visual, self.projector, pixel_values, grid_thw, video)
@@ -502,10 +522,17 @@ class KeyeModel(KeyePreTrainedModel):
             if output is not None:
                 inputs_embeds = self._insert(input_ids, inputs_embeds, modality, output)
 
-        if position_ids is None and self.config.text_config.mrope_section is not None:
-            position_ids = self._rope_positions(
-                input_ids, inputs_embeds, attention_mask, past_key_values, image_grid_thw, video_grid_thw,
-                second_per_grid_ts, visual=bool(features),
+        three_axes = self.config.text_config.mrope_section is not None
+        past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if past_length == 0 and input_ids is not None:
+            self._refuse_lone_placeholders(input_ids, features)
+        if position_ids is None and three_axes:
+            if input_ids is None and features:
+                raise ValueError("Three-axis positions of images and videos need `input_ids` or `position_ids`.")
+            padding = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
+            position_ids = self.get_continued_positions(
+                input_ids, inputs_embeds.shape[1], padding, past_key_values, image_grid_thw, video_grid_thw,
+                second_per_grid_ts,
             )  # fmt: skip
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -516,48 +543,71 @@ class KeyeModel(KeyePreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        outputs.rope_deltas = self.rope_deltas
+        if three_axes and position_ids is not None and position_ids.dim() == 3:
+            seen = past_length + inputs_embeds.shape[1]
+            outputs.rope_deltas = position_ids[-3:].amax(dim=(0, 2)).unsqueeze(1) + 1 - seen
+            if outputs.past_key_values is not None:
+                # Where a later turn goes on belongs to what it goes on from.
+                outputs.past_key_values.rope_deltas = outputs.rope_deltas
         return outputs
 
     def _insert(self, input_ids, inputs_embeds, modality: str, output) -> torch.Tensor:
-        tokens = output["pooler_output"] if isinstance(output, dict) else output
-        tokens = tokens if isinstance(tokens, torch.Tensor) else torch.cat(list(tokens))
         placeholder = getattr(self.config, f"{modality}_token_id")
         if input_ids is not None:
             places = input_ids == placeholder
         else:
             ids = torch.tensor(placeholder, device=inputs_embeds.device)
             places = (inputs_embeds == self.get_input_embeddings()(ids)).all(dim=-1)
-        found = int(places.sum())
-        if found != tokens.shape[0]:
-            raise ValueError(
-                f"The prompt holds {found} {modality} placeholders (id {placeholder}), but the {modality} features are "
-                f"{tokens.shape[0]} tokens. Build the inputs with `KeyeProcessor`."
-            )
-        tokens = tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+        tokens = self.check_features(places, modality, output).to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(places.unsqueeze(-1), tokens)
 
-    def _rope_positions(
-        self, input_ids, inputs_embeds, attention_mask, past_key_values, image_grid_thw, video_grid_thw,
-        second_per_grid_ts, visual: bool,
-    ):  # fmt: skip
-        """Positions when the caller gave none: built from the grids at prefill, counted on from `rope_deltas` later."""
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        if past == 0 and visual and input_ids is not None:
-            padding = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
-            positions, self.rope_deltas = self.get_rope_index(
-                input_ids, image_grid_thw, video_grid_thw, padding, second_per_grid_ts
+    def check_features(self, places: torch.Tensor, modality: str, output) -> torch.Tensor:
+        """The features of a modality as [tokens, hidden]; raises `ValueError` unless they fill `places` exactly."""
+        tokens = output["pooler_output"] if isinstance(output, dict) else output
+        tokens = tokens if isinstance(tokens, torch.Tensor) else torch.cat(list(tokens))
+        if int(places.sum()) != tokens.shape[0]:
+            raise ValueError(
+                f"The prompt holds {int(places.sum())} {modality} placeholders, but the {modality} features are "
+                f"{tokens.shape[0]} tokens. Build the inputs with `KeyeProcessor`."
             )
-            return positions
-        if past == 0:
-            self.rope_deltas = None
+        return tokens
+
+    def _refuse_lone_placeholders(self, input_ids: torch.Tensor, features: dict) -> None:
+        for modality in ("image", "video"):
+            placeholder = getattr(self.config, f"{modality}_token_id")
+            if features.get(modality) is None and bool((input_ids == placeholder).any()):
+                raise ValueError(
+                    f"The prompt holds {modality} placeholders (id {placeholder}), but no {modality} was passed. "
+                    "Build the inputs with `KeyeProcessor`."
+                )
+
+    def get_continued_positions(
+        self,
+        input_ids: torch.LongTensor | None,
+        num_tokens: int,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        second_per_grid_ts: Iterable[float] | None = None,
+    ) -> torch.LongTensor | None:
+        """Three-axis positions [3, B, num_tokens] of the tokens behind the cache, None where plain counting is right.
+
+        `input_ids` are those tokens alone; the grids describe the media among them. `attention_mask` covers the cache
+        as well. The cache remembers from which position its text goes on.
+        """
+        past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        deltas = getattr(past_key_values, "rope_deltas", None) if past_length else None
+        if input_ids is not None and (image_grid_thw is not None or video_grid_thw is not None):
+            mask = None if attention_mask is None else attention_mask[:, past_length:]
+            positions, _ = self.get_rope_index(input_ids, image_grid_thw, video_grid_thw, mask, second_per_grid_ts)
+        elif deltas is None:
             return None
-        if self.rope_deltas is None:
-            return None
-        slots = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)
-        deltas = self.rope_deltas.to(slots.device)
-        deltas = deltas.repeat_interleave(inputs_embeds.shape[0] // deltas.shape[0], dim=0)
-        return (slots + deltas).expand(3, -1, -1)
+        else:
+            positions = torch.arange(num_tokens, device=deltas.device).expand(3, 1, -1)
+        if past_length:
+            positions = positions + past_length + (0 if deltas is None else deltas.to(positions.device))
+        return positions
 
 
 class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
@@ -593,18 +643,19 @@ class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
     def attention_backend_report(self) -> list[dict]:
-        """Per decoder layer: implementation, the backend that runs on the layer's device, and what a query keeps."""
+        """Per decoder layer: implementation, what a query keeps, and which backend ran in the last call.
+
+        `ran` is "torch" (the selection was made and read), "dense" (every query kept everything, so nothing had to be
+        selected), "dense mask" (`eager`), or None before the first call.
+        """
         report = []
         for i, layer in enumerate(self.model.language_model.layers):
             attention = layer.self_attn
-            device = attention.o_proj.weight.device
-            implementation = attention.config._attn_implementation
             report.append(
                 {
                     "layer": i,
-                    "implementation": implementation,
-                    "backend": "dense mask" if implementation == "eager" else resolve_backend("auto", device),
-                    "device": str(device),
+                    "implementation": attention.config._attn_implementation,
+                    "ran": attention.backend_ran,
                     "topk": attention.selection.topk,
                     "local_window": attention.selection.local_window,
                     "anchor_stride": attention.selection.anchor_stride,
@@ -655,6 +706,9 @@ class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
             return_dict=True,
             **kwargs,
         )
+        partial = not isinstance(logits_to_keep, int) or logits_to_keep > 0
+        if labels is not None and partial:
+            raise ValueError("`labels` need all logits: leave out `logits_to_keep`.")
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None

@@ -75,7 +75,12 @@ def _blocks(
     merge = vision_config.spatial_merge_size
     seconds = None if second_per_grid_ts is None else list(second_per_grid_ts)
     for row, (frames, height, width) in enumerate([] if grid_thw is None else grid_thw.tolist()):
-        scale = (1.0 if seconds is None else float(seconds[row])) * vision_config.tokens_per_second
+        if clip and seconds is not None and row >= len(seconds):
+            raise ValueError(
+                f"`second_per_grid_ts` holds {len(seconds)} numbers for {grid_thw.shape[0]} grid rows; pass one each."
+            )
+        spacing = 1.0 if seconds is None or not clip else float(seconds[row])
+        scale = spacing * vision_config.tokens_per_second
         times = [int(frame * scale) for frame in range(frames)] if clip else [0]
         axes = (torch.tensor(times), torch.arange(height // merge), torch.arange(width // merge))
         block = torch.cartesian_prod(*axes).view(-1, 3).T

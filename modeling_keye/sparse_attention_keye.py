@@ -243,9 +243,9 @@ def _padding_mask(attention_mask: torch.Tensor | None = None, **kwargs) -> torch
 
 
 def _attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Interface function: what a module without selection (the vision tower) gets under `keye_sparse` is SDPA."""
-    return AttentionInterface()["sdpa"](
-        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    """The decoder calls the functions above itself; any other module has no selection to attend by."""
+    raise ValueError(
+        f"{ATTENTION_NAME!r} belongs to the Keye decoder, not to {type(module).__name__}; use 'sdpa' there."
     )
 
 

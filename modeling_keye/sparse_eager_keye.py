@@ -25,7 +25,9 @@ def eager_selection(
     visible = (keys <= slots).expand(batch, -1, -1)
     start = torch.zeros(batch, 1, 1, dtype=torch.long, device=device)
     if attention_mask is not None and attention_mask.dim() == 4:
-        visible = visible & attention_mask[:, 0, :, :num_keys]
+        allowed = attention_mask[:, 0, :, :num_keys]
+        visible = visible & allowed
+        start = allowed[:, -1:].to(torch.uint8).argmax(dim=-1, keepdim=True)  # the first slot that the last query sees
     elif attention_mask is not None:
         real = attention_mask[:, None, :num_keys].bool()
         visible = visible & real

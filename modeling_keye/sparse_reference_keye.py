@@ -8,8 +8,10 @@ D head size, W = latent + rotary width, K selected keys.
 """
 
 import math
+from functools import partial
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 # Queries whose scores against all keys are held at once, and keys per scoring tile. Measured on two AVX-512 cores:
 # larger blocks fall out of the cache, smaller ones lose the matrix product.
@@ -55,10 +57,13 @@ def _topk_slots(scores: torch.Tensor, topk: int, unused: int) -> torch.Tensor:
     slots = best.indices[:, :topk].masked_fill(best.values[:, :topk] == -math.inf, unused)
     if best.values.shape[-1] > topk:
         threshold, following = best.values[:, topk - 1], best.values[:, topk]
-        for row in ((threshold == following) & (threshold > -math.inf)).nonzero().squeeze(-1).tolist():
-            above = (scores[row] > threshold[row]).nonzero().squeeze(-1)
-            equal = (scores[row] == threshold[row]).nonzero().squeeze(-1)
-            slots[row] = torch.cat([above, equal[: topk - above.shape[0]]])
+        rows = ((threshold == following) & (threshold > -math.inf)).nonzero().squeeze(-1)
+        if rows.shape[0]:
+            above = scores[rows] > threshold[rows, None]
+            equal = scores[rows] == threshold[rows, None]
+            room = topk - above.sum(dim=-1, keepdim=True)
+            chosen = above | (equal & (equal.cumsum(dim=-1) <= room))
+            slots[rows] = chosen.nonzero()[:, 1].view(-1, topk)
     return slots
 
 
@@ -123,7 +128,8 @@ def select_tokens(
             if topk is not None:
                 last = query_offset + end
                 scores = score_buffer[: end - begin, : last + 1]
-                index_scores(q[b, begin:end], k[b, :last], weights[b, begin:end], scores[:, :last], product_buffer)
+                with torch.autocast(device.type, enabled=False):  # scores are float32 under any autocast
+                    index_scores(q[b, begin:end], k[b, :last], weights[b, begin:end], scores[:, :last], product_buffer)
                 scores[:, last] = -math.inf
                 future = torch.arange(query_offset + begin, last, device=device) > slots[:, None]
                 scores[:, query_offset + begin : last].masked_fill_(future, -math.inf)
@@ -259,10 +265,12 @@ def _safe_rows(indices: torch.Tensor) -> torch.Tensor:
 
 
 def _attention(q, k, v, indices, scaling, value_dim) -> tuple[torch.Tensor, torch.Tensor]:
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or (v is not None and v.requires_grad)):
-        return _SparseAttention.apply(q, k, v, indices, scaling, value_dim)
-    with torch.no_grad():  # `out=` arguments refuse inputs that require a gradient
-        return _gathered_attention(q, k, v, indices, scaling, value_dim)
+    needs_graph = q.requires_grad or k.requires_grad or (v is not None and v.requires_grad)
+    with torch.autocast(q.device.type, enabled=False):  # the statistics are float32 under any autocast
+        if torch.is_grad_enabled() and needs_graph:
+            return _SparseAttention.apply(q, k, v, indices, scaling, value_dim)
+        with torch.no_grad():  # `out=` arguments refuse inputs that require a gradient
+            return _gathered_attention(q, k, v, indices, scaling, value_dim)
 
 
 def sparse_mla(
@@ -289,38 +297,32 @@ def dense_attention(
     key_mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `sparse_attention_keye.dense_attention`."""
-    batch, heads, num_queries, dim = q.shape
+    heads, num_queries, dim = q.shape[1:]
     num_keys, value_dim = k.shape[2], v.shape[-1]
-    if value_dim < dim:
-        v = torch.nn.functional.pad(v, (0, dim - value_dim))  # the flash path needs equal widths
+    # The flash path needs equal widths.
+    width = max(dim, value_dim)
+    q, k, v = (torch.nn.functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
+    if q.is_cuda and heads != k.shape[1]:
+        # With a mask, grouped heads have no fused kernel there.
+        k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, scale=scaling, enable_gqa=heads != k.shape[1])
     masked = key_mask is not None and not bool(key_mask.all())
+    if num_queries == num_keys and not masked:
+        out = attend(q, k, v, is_causal=num_queries > 1)
+        return out[..., :value_dim].transpose(1, 2)
+
+    def block(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int) -> torch.Tensor:
+        mask = _causal_mask(queries.shape[2], first, keys.shape[2], key_mask, q.device)[:, None]
+        blind = ~mask.any(dim=-1, keepdim=True)
+        out = attend(queries, keys, values, attn_mask=mask | blind)
+        return out.masked_fill(blind, 0.0)
+
     parts = []
-    step = num_queries if query_offset == 0 and num_queries == num_keys and not masked else _DENSE_QUERY_BLOCK
-    for begin in range(0, num_queries, step):
-        end = min(begin + step, num_queries)
+    for begin in range(0, num_queries, _DENSE_QUERY_BLOCK):
+        end = min(begin + _DENSE_QUERY_BLOCK, num_queries)
         last = query_offset + end
-        keys, values = k[:, :, :last], v[:, :, :last]
-        mask = blind = None
-        if step != num_queries or step != num_keys or masked:
-            positions = torch.arange(last, device=q.device)
-            slots = torch.arange(query_offset + begin, last, device=q.device)[:, None]
-            mask = (positions <= slots)[None, None]
-            if masked:
-                mask = mask & key_mask[:, None, None, :last].bool()
-                blind = ~mask.any(dim=-1, keepdim=True)
-                mask = mask | (blind & (positions == slots))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q[:, :, begin:end],
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=mask is None and num_queries > 1,
-            scale=scaling,
-            enable_gqa=heads != k.shape[1],
-        )
-        parts.append(out if blind is None else out.masked_fill(blind, 0.0))
-    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-    return out[..., :value_dim].transpose(1, 2)
+        parts.append(_recomputed(block, q[:, :, begin:end], k[:, :, :last], v[:, :, :last], query_offset + begin))
+    return torch.cat(parts, dim=2)[..., :value_dim].transpose(1, 2)
 
 
 def dense_latent_attention(
@@ -334,22 +336,39 @@ def dense_latent_attention(
 ) -> torch.Tensor:
     """See `sparse_attention_keye.dense_latent_attention`."""
     num_queries, heads = q.shape[1:3]
-    num_keys = kv.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    kv = kv.to(dtype)
+
+    def block(queries: torch.Tensor, rows: torch.Tensor, first: int) -> torch.Tensor:
+        count = queries.shape[1]
+        visible = _causal_mask(count, first, rows.shape[1], key_mask, q.device).unsqueeze(2)  # [B or 1, n, 1, T]
+        blind = ~visible.any(dim=-1, keepdim=True)
+        with torch.autocast(q.device.type, enabled=False):
+            rows = rows.to(dtype)
+            scores = torch.matmul((queries.to(dtype) * scaling).flatten(1, 2), rows.transpose(1, 2))
+            scores = scores.unflatten(1, (count, heads)).masked_fill(~(visible | blind), -math.inf)
+            probs = scores.softmax(dim=-1).masked_fill(blind, 0.0)
+            out = torch.matmul(probs.flatten(1, 2), rows[..., :value_dim])
+        return out.unflatten(1, (count, heads)).to(q.dtype)
+
     parts = []
-    step = max(1, _SCORE_TILE_ELEMENTS // (heads * num_keys))
+    step = max(1, _SCORE_TILE_ELEMENTS // (heads * kv.shape[1]))
     for begin in range(0, num_queries, step):
         end = min(begin + step, num_queries)
-        last = query_offset + end
-        rows = kv[:, :last]
-        positions = torch.arange(last, device=q.device)
-        hidden = positions > torch.arange(query_offset + begin, last, device=q.device)[:, None]  # [n, T]
-        hidden = hidden[None, :, None] if key_mask is None else (hidden | ~key_mask[:, None, :last].bool())[:, :, None]
-        queries = q[:, begin:end].to(dtype) * scaling
-        scores = torch.matmul(queries.flatten(1, 2), rows.transpose(1, 2)).unflatten(1, (end - begin, heads))
-        blind = hidden.all(dim=-1, keepdim=True)
-        probs = scores.masked_fill(hidden & ~blind, -math.inf).softmax(dim=-1).masked_fill(blind, 0.0)
-        out = torch.matmul(probs.flatten(1, 2), rows[..., :value_dim]).unflatten(1, (end - begin, heads))
-        parts.append(out.to(q.dtype))
+        parts.append(_recomputed(block, q[:, begin:end], kv[:, : query_offset + end], query_offset + begin))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _recomputed(block, *arguments):
+    """One tile; with gradients its scores and mask are made again in backward instead of being kept."""
+    if torch.is_grad_enabled():
+        return checkpoint(block, *arguments, use_reentrant=False)
+    return block(*arguments)
+
+
+def _causal_mask(
+    num_queries: int, first: int, num_keys: int, key_mask: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """Bool [B, n, T] ([1, n, T] without padding): which keys the queries at slots `first`, `first + 1`, ... see."""
+    slots = torch.arange(first, first + num_queries, device=device)[:, None]
+    visible = (torch.arange(num_keys, device=device) <= slots)[None]
+    return visible if key_mask is None else visible & key_mask[:, None, :num_keys].bool()

@@ -20,7 +20,7 @@ from .tokenizer import CHAT_TEMPLATE, build_tokenizer
 
 MAX_NEW_TOKENS = 8
 # Frames per video that the model has learned to read; longer videos are sampled down to this many.
-MAX_FRAMES = 16
+MAX_FRAMES = 12
 
 
 def build_processor() -> KeyeProcessor:

@@ -5,8 +5,9 @@ Stages, each one run of `Trainer` that can be resumed from `DIR/<stage>`:
            it shows ("red circle red circle")
   drills   the decoder learns to retrieve from transcripts in those words, with terse questions in a row
   words    ... and to answer whole questions about longer transcripts
+  pairs    ... mostly those with two words to find, or to count
   videos   everything together on pixels, some transcripts kept
-Embeddings of the words in transcripts stay as initialised, so that `frames` and the two stages
+Embeddings of the words in transcripts stay as initialised, so that `frames` and the three stages
 after it do not depend on each other: with `--only` they can run side by side, with the same result.
 Accuracy per kind of question is printed on clips never seen before, because no clip is drawn twice.
 """
@@ -58,11 +59,13 @@ class Stage:
 
 # Matching two words ("red circle") is learned later than matching one time stamp, and is asked for more often.
 SHARES = ("what", "colour", "when", "when", "count", "order", "order")
+HARD = ("what", "what", "colour", "when", "count", "count", "order", "order")
 STAGES = (
     Stage("frames", 2400, 1.5e-3, VISION),
     Stage("drills", 700, 3e-3, DECODER, Mixture(clips=32, frames=(2, 8), words=1.0, drills=1.0)),
     Stage("words", 1100, 3e-3, DECODER, Mixture(24, frames=(2, 12), words=1.0, drills=0.5, kinds=SHARES), decay=0.2),
-    Stage("videos", 1000, 1e-3, (*VISION, *DECODER), Mixture(20, frames=(2, 12), words=0.1, drills=0.3, kinds=SHARES)),
+    Stage("pairs", 1200, 3e-3, DECODER, Mixture(24, frames=(3, 12), words=1.0, drills=0.2, kinds=HARD)),
+    Stage("videos", 600, 1e-3, (*VISION, *DECODER), Mixture(20, frames=(2, 12), words=0.1, drills=0.1, kinds=HARD)),
 )
 FRAME_CLIPS = 24
 WARMUP_STEPS = 100
@@ -208,7 +211,7 @@ def train_stage(model: KeyeForVideoQA, encoder: ConversationEncoder, stage: Stag
         # A batch is built whole by the collator and cannot be cut.
         accelerator_config={"dispatch_batches": False},
         logging_steps=50,
-        save_steps=400,
+        save_steps=200,
         save_total_limit=1,
         seed=seed,
         disable_tqdm=True,

@@ -37,7 +37,7 @@ _TEXT = {
     "local_window": 6,
     "anchor_stride": 11,
     "max_position_embeddings": 4096,
-    "prefill_chunk_size": 4096,
+    "prefill_chunk_tokens": 4096,
     "initializer_range": 0.2,
     "pad_token_id": 0,
     "bos_token_id": None,

@@ -80,7 +80,7 @@ def test_contradictions_in_the_vision_part_are_refused(settings, sentence):
                 "index_n_heads",
                 "index_head_dim",
                 "anchor_stride",
-                "prefill_chunk_size",
+                "prefill_chunk_tokens",
                 "max_position_embeddings",
                 "moe_intermediate_size",
                 "num_experts_per_tok",
