@@ -83,8 +83,12 @@ class KeyeGenerationMixin(GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
-        if not is_first_iteration and kwargs.get("use_cache", True):
+        past = kwargs.get("past_key_values")
+        if not is_first_iteration and past is not None and past.get_seq_length():
             inputs.pop("mm_encoder_outputs", None)  # the features are in the cache by now
+        elif kwargs.get("mm_encoder_outputs") is not None:
+            # The library withholds them from the prefill of a draft model, which needs them as well.
+            inputs["mm_encoder_outputs"] = kwargs["mm_encoder_outputs"]
         return inputs
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):

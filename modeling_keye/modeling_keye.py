@@ -559,6 +559,11 @@ class KeyeModel(KeyePreTrainedModel):
             ids = torch.tensor(placeholder, device=inputs_embeds.device)
             places = (inputs_embeds == self.get_input_embeddings()(ids)).all(dim=-1)
         tokens = self.check_features(places, modality, output).to(inputs_embeds.device, inputs_embeds.dtype)
+        if tokens.shape[-1] != inputs_embeds.shape[-1]:
+            raise ValueError(
+                f"The {modality} features are {tokens.shape[-1]} wide, but this decoder is {inputs_embeds.shape[-1]} wide: "
+                "they were encoded for another model."
+            )
         return inputs_embeds.masked_scatter(places.unsqueeze(-1), tokens)
 
     def check_features(self, places: torch.Tensor, modality: str, output) -> torch.Tensor:

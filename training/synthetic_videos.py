@@ -141,11 +141,16 @@ class Question:
     answer: str
 
 
-def make_clip(rng: np.random.Generator, frames: tuple[int, int] = (4, 12), fps: Fraction | None = None) -> Clip:
-    """Draw the plan of a clip with `frames[0]` to `frames[1]` frames."""
+def make_clip(
+    rng: np.random.Generator,
+    frames: tuple[int, int] = (4, 12),
+    fps: Fraction | None = None,
+    colours: tuple[int, int] = (3, len(COLOURS)),
+) -> Clip:
+    """Draw the plan of a clip with `frames[0]` to `frames[1]` frames in `colours[0]` to `colours[1]` colours."""
     count = int(rng.integers(frames[0], frames[1] + 1))
     # Few colours or shapes in a clip make counts above one; many make names unique.
-    colours = rng.permutation(list(COLOURS))[: rng.integers(3, len(COLOURS) + 1)]
+    palette = rng.permutation(list(COLOURS))[: rng.integers(colours[0], colours[1] + 1)]
     shapes = rng.permutation(SHAPES)[: rng.integers(2, len(SHAPES) + 1)]
     things: list[Thing | None] = []
     last = None
@@ -155,7 +160,7 @@ def make_clip(rng: np.random.Generator, frames: tuple[int, int] = (4, 12), fps: 
             continue
         name = last
         while name == last:
-            name = (str(rng.choice(colours)), str(rng.choice(shapes)))
+            name = (str(rng.choice(palette)), str(rng.choice(shapes)))
         last = name
         size = rng.uniform(24, 44) / 56
         x, y = rng.uniform(size / 2, 1 - size / 2, 2)

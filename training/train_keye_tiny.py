@@ -64,8 +64,8 @@ STAGES = (
     Stage("frames", 2400, 1.5e-3, VISION),
     Stage("drills", 700, 3e-3, DECODER, Mixture(clips=32, frames=(2, 8), words=1.0, drills=1.0)),
     Stage("words", 1100, 3e-3, DECODER, Mixture(24, frames=(2, 12), words=1.0, drills=0.5, kinds=SHARES), decay=0.2),
-    Stage("pairs", 1200, 3e-3, DECODER, Mixture(24, frames=(3, 12), words=1.0, drills=0.2, kinds=HARD)),
-    Stage("videos", 600, 1e-3, (*VISION, *DECODER), Mixture(20, frames=(2, 12), words=0.1, drills=0.1, kinds=HARD)),
+    Stage("pairs", 850, 2e-3, DECODER, Mixture(24, (3, 12), words=1.0, drills=0.2, few_colours=0.5, kinds=HARD), 0.4),
+    Stage("videos", 500, 1e-3, (*VISION, *DECODER), Mixture(20, (3, 12), words=0.1, few_colours=0.3, kinds=HARD), 0.6),
 )
 FRAME_CLIPS = 24
 WARMUP_STEPS = 100

@@ -49,6 +49,7 @@ def forward(model, ids, cache=None, **kwargs):
         return model(ids, past_key_values=cache, use_cache=True, **kwargs)
 
 
+@torch.no_grad()
 def test_a_step_does_not_copy():
     """600 tokens one by one: the buffers move a few times only, and a reserved buffer never."""
     layer, everything = KeyeCacheLayer(), states(600)
@@ -89,8 +90,9 @@ def test_generating_does_not_copy(kind):
     assert max(len(places) for places in moves.values()) <= 2
 
 
+@torch.no_grad()
 def test_prefill_in_chunks_reserves_once():
-    model = tiny_model("mla", prefill_chunk_size=32)
+    model = tiny_model("mla", prefill_chunk_tokens=32)
     pointers = []
     model.model.language_model.layers[0].register_forward_hook(
         lambda module, args, kwargs, output: pointers.append(kwargs["past_key_values"].layers[0].keys.data_ptr()),
@@ -111,6 +113,7 @@ def test_mla_caches_the_latent_only():
 
 
 @pytest.mark.parametrize("removed", [1, 7, 39])
+@torch.no_grad()
 def test_crop_and_go_on(removed):
     layer, everything = filled()
     pointer = layer.keys.data_ptr()

@@ -99,16 +99,20 @@ def test_eager_is_the_quadratic_one():
 
 
 @pytest.mark.parametrize("mode", ["prefill", "train"])
-@pytest.mark.parametrize("kind", ["mla", "gqa"])
+@pytest.mark.parametrize("kind", ["mla", "gqa", "mla_dense", "gqa_dense"])
 def test_twice_the_tokens_take_at_most_twice_the_memory(kind, mode):
     """The index list alone may grow faster, by N / stride anchors per query; without anchors all is linear."""
-    model = tiny_model(kind, num_hidden_layers=1, anchor_stride=None, local_window=64, index_topk=32)
+    rule = {} if kind.endswith("dense") else {"anchor_stride": None, "local_window": 64, "index_topk": 32}
+    model = tiny_model(kind, num_hidden_layers=1, **rule, **({"mlp_layer_types": ["dense"]} if "gqa_d" in kind else {}))
     train = mode == "train"
     peaks = []
     for num_tokens in (4096, 8192):
         ids = text_ids(1, num_tokens)
         with Watch() as watch, torch.set_grad_enabled(train):
-            output = model(ids, use_cache=not train, labels=ids if train else None, logits_to_keep=0 if train else 1)
+            mask = torch.ones_like(ids)
+            mask[:, :4] = 0
+            labels = ids if train else None
+            output = model(ids, mask, use_cache=not train, labels=labels, logits_to_keep=0 if train else 1)
             if train:
                 output.loss.backward()
         del output
