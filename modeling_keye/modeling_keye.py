@@ -561,7 +561,7 @@ class KeyeModel(KeyePreTrainedModel):
         tokens = self.check_features(places, modality, output).to(inputs_embeds.device, inputs_embeds.dtype)
         if tokens.shape[-1] != inputs_embeds.shape[-1]:
             raise ValueError(
-                f"The {modality} features are {tokens.shape[-1]} wide, but this decoder is {inputs_embeds.shape[-1]} wide: "
+                f"The {modality} features are {tokens.shape[-1]} wide, this decoder {inputs_embeds.shape[-1]}: "
                 "they were encoded for another model."
             )
         return inputs_embeds.masked_scatter(places.unsqueeze(-1), tokens)
