@@ -135,8 +135,6 @@ class VideoReader:
                 self._linear = True
         return [kept[int(index)] for index in indices]
 
-    # -- opening ---------------------------------------------------------------------------------------------------
-
     def _local_path(self, source: str) -> str:
         if source.startswith(("http://", "https://")):
             handle, self._download = tempfile.mkstemp(suffix=os.path.splitext(source.split("?")[0])[1])
@@ -306,8 +304,6 @@ class VideoReader:
             self.backend = "pyav"
         turned = frame.rotation % 180 != 0
         self.height, self.width = (frame.width, frame.height) if turned else (frame.height, frame.width)
-
-    # -- decoding --------------------------------------------------------------------------------------------------
 
     def _decode_all(self) -> Iterator[Any]:
         container, stream = self._open()

@@ -34,18 +34,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What the clips of a stage look like; `words`, `drills` and `few_colours` are shares of the examples.
-
-    Where a clip has only one or two colours, the shape in an answer cannot be guessed from the colour before it.
-    """
+    """What the clips of a stage look like; `words` and `drills` are shares of the examples."""
 
     clips: int
     frames: tuple[int, int]
+    kinds: tuple[str, ...] = KINDS
     questions: int = 8
     words: float = 0.0
     drills: float = 0.0
-    few_colours: float = 0.0
-    kinds: tuple[str, ...] = KINDS
 
 
 def transcript(thing: Thing | None) -> list[str]:
@@ -157,8 +153,7 @@ class ClipBatches(IterableDataset):
             size = round(mixture.clips * ((shortest + longest) / 2 / centre) ** 0.5)
             examples = []
             for _ in range(size):
-                few = mixture.few_colours and rng.random() < mixture.few_colours
-                clip = make_clip(rng, frames, **({"colours": (1, 2)} if few else {}))
+                clip = make_clip(rng, frames)
                 words, drill = rng.random() < mixture.words, rng.random() < mixture.drills
                 number = 2 * mixture.questions if drill else mixture.questions
                 questions = make_questions(clip, rng, number, mixture.kinds, drill)

@@ -28,7 +28,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses"}
 NOTHING = "nothing"
+# Five kinds with answers of one word, and two with answers of two ("red circle"): what is shown, what comes next.
 KINDS = ("what", "colour", "when", "count", "order")
+TWO_WORD_KINDS = ("description", "sequence")
 BACKGROUNDS = ("plain", "noise", "footage")
 FRAME_SIZE = 56
 MAX_COUNT = 5
@@ -89,6 +91,21 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
 }
 
+TEMPLATES |= {
+    f"{side}_{part}": tuple(
+        text.format(part=part, side=side, thing="{thing}")
+        for text in (
+            "What {part} appears right {side} the {thing}?",
+            "Which {part} comes right {side} the {thing}?",
+            "What {part} is shown right {side} the {thing}?",
+            "What {part} appears {side} the {thing}?",
+            "What {part} {side} the {thing}?",
+        )
+    )
+    for side in ("after", "before")
+    for part in ("shape", "color")
+}
+
 # The same questions in a word or two, asked in a row without chat marks: many answers per token.
 DRILLS = {
     "what": "shape {time}",
@@ -98,6 +115,10 @@ DRILLS = {
     "count": "many {things}",
     "after": "after {thing}",
     "before": "before {thing}",
+    "after_shape": "shape after {thing}",
+    "after_color": "color after {thing}",
+    "before_shape": "shape before {thing}",
+    "before_color": "color before {thing}",
 }
 
 
@@ -134,23 +155,18 @@ class Clip:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a clip. `kind` is one of `KINDS`."""
+    """A question about a clip. `kind` is one of `KINDS` or `TWO_WORD_KINDS`."""
 
     kind: str
     text: str
     answer: str
 
 
-def make_clip(
-    rng: np.random.Generator,
-    frames: tuple[int, int] = (4, 12),
-    fps: Fraction | None = None,
-    colours: tuple[int, int] = (3, len(COLOURS)),
-) -> Clip:
-    """Draw the plan of a clip with `frames[0]` to `frames[1]` frames in `colours[0]` to `colours[1]` colours."""
+def make_clip(rng: np.random.Generator, frames: tuple[int, int] = (4, 12), fps: Fraction | None = None) -> Clip:
+    """Draw the plan of a clip with `frames[0]` to `frames[1]` frames."""
     count = int(rng.integers(frames[0], frames[1] + 1))
     # Few colours or shapes in a clip make counts above one; many make names unique.
-    palette = rng.permutation(list(COLOURS))[: rng.integers(colours[0], colours[1] + 1)]
+    palette = rng.permutation(list(COLOURS))[: rng.integers(3, len(COLOURS) + 1)]
     shapes = rng.permutation(SHAPES)[: rng.integers(2, len(SHAPES) + 1)]
     things: list[Thing | None] = []
     last = None
@@ -173,10 +189,11 @@ def make_clip(
 
 def candidates(clip: Clip) -> dict[str, list[tuple[str, dict[str, str], str]]]:
     """All questions that have one answer, per kind, as (template name, fields, answer)."""
-    found: dict[str, list[tuple[str, dict[str, str], str]]] = {kind: [] for kind in KINDS}
+    found: dict[str, list[tuple[str, dict[str, str], str]]] = {kind: [] for kind in (*KINDS, *TWO_WORD_KINDS)}
     for time, thing in zip(clip.times, clip.things, strict=True):
-        found["what"].append(("what", {"time": time}, thing.shape if thing else NOTHING))
-        found["what"].append(("both", {"time": time}, thing.name if thing else NOTHING))
+        shape = ("what", {"time": time}, thing.shape if thing else NOTHING)
+        found["what"].append(shape)
+        found["description"] += [shape, ("both", {"time": time}, thing.name if thing else NOTHING)]
         found["colour"].append(("colour", {"time": time}, thing.colour if thing else NOTHING))
 
     shown = [(time, thing) for time, thing in zip(clip.times, clip.things, strict=True) if thing]
@@ -186,10 +203,12 @@ def candidates(clip: Clip) -> dict[str, list[tuple[str, dict[str, str], str]]]:
     for index, (time, thing) in enumerate(shown):
         if names[thing.name] == 1:
             found["when"].append(("when", {"thing": thing.name}, time))
-            if index:
-                found["order"].append(("before", {"thing": thing.name}, shown[index - 1][1].name))
-            if index + 1 < len(shown):
-                found["order"].append(("after", {"thing": thing.name}, shown[index + 1][1].name))
+            for side, place in (("before", index - 1), ("after", index + 1)):
+                if 0 <= place < len(shown):
+                    other = shown[place][1]
+                    found["order"].append((f"{side}_shape", {"thing": thing.name}, other.shape))
+                    found["order"].append((f"{side}_color", {"thing": thing.name}, other.colour))
+                    found["sequence"].append((side, {"thing": thing.name}, other.name))
     for colour in COLOURS:
         if colours[colour] <= MAX_COUNT:
             found["count"].append(("count", {"things": f"{colour} shapes"}, str(colours[colour])))

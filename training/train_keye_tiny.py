@@ -5,10 +5,9 @@ Stages, each one run of `Trainer` that can be resumed from `DIR/<stage>`:
            it shows ("red circle red circle")
   drills   the decoder learns to retrieve from transcripts in those words, with terse questions in a row
   words    ... and to answer whole questions about longer transcripts
-  pairs    ... mostly those with two words to find, or to count
   videos   everything together on pixels, some transcripts kept
-Embeddings of the words in transcripts stay as initialised, so that `frames` and the three stages
-after it do not depend on each other: with `--only` they can run side by side, with the same result.
+Embeddings of the words in transcripts stay as initialised, so that `frames` and the two stages after it do not depend on
+each other: with `--only` they can run side by side, with the same result.
 Accuracy per kind of question is printed on clips never seen before, because no clip is drawn twice.
 """
 
@@ -57,15 +56,17 @@ class Stage:
     decay: float = 0.25
 
 
-# Matching two words ("red circle") is learned later than matching one time stamp, and is asked for more often.
-SHARES = ("what", "colour", "when", "when", "count", "order", "order")
-HARD = ("what", "what", "colour", "when", "count", "count", "order", "order")
+# Shares of the kinds of questions. Matching two words ("red circle") is learned later than matching one time stamp, and
+# counting last of all: both are asked for more often.
+DRILLED = ("description", "colour", "when", "count", "sequence")
+TOLD = ("description", "colour", "when", "when", "count", "sequence", "sequence")
+SEEN = ("what", "description", "colour", "when", "count", "count", "count", "order", "order", "sequence")
+
 STAGES = (
     Stage("frames", 2400, 1.5e-3, VISION),
-    Stage("drills", 700, 3e-3, DECODER, Mixture(clips=32, frames=(2, 8), words=1.0, drills=1.0)),
-    Stage("words", 1100, 3e-3, DECODER, Mixture(24, frames=(2, 12), words=1.0, drills=0.5, kinds=SHARES), decay=0.2),
-    Stage("pairs", 850, 2e-3, DECODER, Mixture(24, (3, 12), words=1.0, drills=0.2, few_colours=0.5, kinds=HARD), 0.4),
-    Stage("videos", 500, 1e-3, (*VISION, *DECODER), Mixture(20, (3, 12), words=0.1, few_colours=0.3, kinds=HARD), 0.6),
+    Stage("drills", 700, 3e-3, DECODER, Mixture(32, (2, 8), DRILLED, words=1.0, drills=1.0)),
+    Stage("words", 1100, 3e-3, DECODER, Mixture(24, (2, 12), TOLD, words=1.0, drills=0.5), decay=0.2),
+    Stage("videos", 1300, 1.5e-3, (*VISION, *DECODER), Mixture(24, (3, 12), SEEN, words=0.4, drills=0.1), decay=0.6),
 )
 FRAME_CLIPS = 24
 WARMUP_STEPS = 100

@@ -41,9 +41,6 @@ def video_message(video, question: str = "What?", key: str = "video") -> list[di
     return [{"role": "user", "content": [{"type": "video", key: video}, {"type": "text", "text": question}]}]
 
 
-# -- expansion ---------------------------------------------------------------------------------------------------------
-
-
 def test_frames_with_times(small):
     out = small(text=f"{VIDEO}What?", videos=FRAMES, timestamps=[0.0, 0.25, 0.75, 12.5], return_tensors="pt")
     assert text_of(small, out["input_ids"][0]) == (
@@ -154,9 +151,6 @@ def test_progress_passes_through(small, clip):
     assert steps == [1, 2, 3, 1, 2, 3]
 
 
-# -- checks ------------------------------------------------------------------------------------------------------------
-
-
 def test_placeholders_and_media_must_match(small):
     with pytest.raises(ValueError, match=r"holds 1 <\|video_pad\|> placeholder\(s\), but 0 video\(s\) were given"):
         small(text=VIDEO)
@@ -194,9 +188,6 @@ def test_parts_are_checked():
         KeyeProcessor()
     with pytest.raises(TypeError, match="video_processor must be a KeyeVideoProcessor, got KeyeImageProcessor"):
         KeyeProcessor(make_tokenizer(), KeyeImageProcessor(), KeyeImageProcessor())
-
-
-# -- chat --------------------------------------------------------------------------------------------------------------
 
 
 def test_chat_template(processor):
@@ -312,9 +303,6 @@ def test_assistant_masks(small):
         assert text_of(small, ids[1][masks[1] == 1]) == "Ho<|im_end|>"
     single = small.apply_chat_template(short, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     assert sum(single["assistant_masks"][0]) == 3
-
-
-# -- the rest of the contract ------------------------------------------------------------------------------------------
 
 
 def test_model_input_names(small):

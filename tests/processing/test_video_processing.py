@@ -146,9 +146,6 @@ def test_adaptive_budget_and_sharing(real_clip):
     assert 0.75 * 2000 < len(shared["pixel_values_videos"]) / 8 <= 2020
 
 
-# -- frames already decoded --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "form", ["numpy", "numpy_first", "torch", "pil", "list_numpy", "list_torch", "float", "nested"]
 )
@@ -238,9 +235,6 @@ def test_several_videos_never_share_a_row(clip):
 def test_a_rate_per_video(clip):
     out = small()([clip(), clip("other.mp4")], fps=[1.0, 2.0])
     assert out["video_grid_thw"][:, 0].tolist() == [4, 8]
-
-
-# -- the rest of the contract ------------------------------------------------------------------------------------------
 
 
 def test_progress_and_metadata_are_plain(clip):

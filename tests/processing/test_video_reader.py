@@ -212,9 +212,6 @@ def test_a_video_behind_an_address(clip, tmp_path):
         server.shutdown()
 
 
-# -- errors ------------------------------------------------------------------------------------------------------------
-
-
 def one_sentence(error: pytest.ExceptionInfo) -> None:
     text = str(error.value)
     assert "\n" not in text and text.endswith(".") and len(text) < 500
@@ -318,8 +315,6 @@ def test_all_errors_are_value_errors():
     for kind in (EmptyVideoError, NotAVideoError, NoVideoStreamError, TruncatedVideoError, VideoNotFoundError):
         assert issubclass(kind, VideoReadError) and issubclass(kind, ValueError)
 
-
-# -- memory ------------------------------------------------------------------------------------------------------------
 
 LONG_FILE = """
 import resource, sys
