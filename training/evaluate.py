@@ -19,19 +19,21 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 import modeling_keye  # noqa: F401 registers the Auto classes
 
-from .synthetic_videos import FRAME_SIZE, KINDS, Clip, Question, make_clip, make_questions, write_video
+from .synthetic_videos import FRAME_SIZE, KINDS, TWO_WORD_KINDS, Clip, Question, make_clip, make_questions, write_video
 
 # Mixed into every seed, so that no seed of the training stream gives the same clips.
 HELD_OUT = 77_001
 
 
-def held_out(number: int, seed: int, frames: tuple[int, int] = (4, 12)) -> Iterator[tuple[Clip, Question]]:
+def held_out(
+    number: int, seed: int, frames: tuple[int, int] = (4, 12), kinds: tuple[str, ...] = KINDS
+) -> Iterator[tuple[Clip, Question]]:
     """`number` clips with one question each; the kinds take turns."""
     rng = np.random.default_rng([HELD_OUT, seed])
     done = 0
     while done < number:
         clip = make_clip(rng, frames)
-        for question in make_questions(clip, rng, 1, (KINDS[done % len(KINDS)],)):
+        for question in make_questions(clip, rng, 1, (kinds[done % len(kinds)],)):
             done += 1
             yield clip, question
 
@@ -88,11 +90,12 @@ def evaluate(
     seed: int,
     frames: tuple[int, int] = (4, 12),
     size: int = FRAME_SIZE,
+    kinds: tuple[str, ...] = KINDS,
     batch: int = 20,
 ) -> tuple[dict[str, object], list[tuple[Clip, Question, str]]]:
     """Scores and every (clip, question, answer) of a held-out set."""
     results = []
-    pending = list(held_out(questions, seed, frames))
+    pending = list(held_out(questions, seed, frames, kinds))
     with tempfile.TemporaryDirectory() as folder:
         for start in range(0, len(pending), batch):
             group = pending[start : start + batch]
@@ -111,13 +114,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--frames", type=int, nargs=2, default=(4, 12), metavar=("MIN", "MAX"))
     parser.add_argument("--size", type=int, default=FRAME_SIZE, help="side of the written files in pixels")
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS, *TWO_WORD_KINDS], default=KINDS)
     parser.add_argument("--show-errors", type=int, default=0, metavar="N", help="print the first N wrong answers")
     arguments = parser.parse_args()
     model = AutoModelForMultimodalLM.from_pretrained(arguments.model).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)
     started = time.perf_counter()
     scores, results = evaluate(
-        model, processor, arguments.questions, arguments.seed, tuple(arguments.frames), arguments.size
+        model,
+        processor,
+        arguments.questions,
+        arguments.seed,
+        tuple(arguments.frames),
+        arguments.size,
+        tuple(arguments.kinds),
     )
     wrong = [entry for entry in results if not is_right(entry[2], entry[1].answer)]
     for clip, question, answer in wrong[: arguments.show_errors]:

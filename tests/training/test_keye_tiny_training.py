@@ -13,7 +13,16 @@ from modeling_keye import KeyeConfig, KeyeForVideoQA
 from training.data import ClipBatches, ConversationEncoder, Example, Mixture
 from training.evaluate import evaluate, held_out, is_right, score
 from training.ship_keye_tiny import build_processor, write_card, write_checkpoint
-from training.synthetic_videos import KINDS, Clip, Question, Thing, make_clip, make_questions, write_video
+from training.synthetic_videos import (
+    KINDS,
+    TWO_WORD_KINDS,
+    Clip,
+    Question,
+    Thing,
+    make_clip,
+    make_questions,
+    write_video,
+)
 from training.tokenizer import build_tokenizer
 from training.train_keye_tiny import STAGES, answer_collator, train_stage
 
@@ -124,17 +133,13 @@ def test_a_checkpoint_is_written_evaluated_and_described(tmp_path):
 
     scores, results = evaluate(model.eval(), build_processor(), questions=5, seed=0)
     assert scores["questions"] == 5 and all(isinstance(answer, str) for _, _, answer in results)
-    run = {
-        "command": "python -m training.train_keye_tiny --seed 5",
-        "seed": 5,
-        "stages": [{"name": "frames", "steps": 1200, "seconds": 90}],
-        "threads": "2 CPU threads",
-        "torch": "2",
-        "transformers": "5",
-    }
-    write_card(folder, model, run, scores, eval_seed=0)
+    stages = [{"name": "frames", "steps": 1200, "seconds": 90, "threads": 2}]
+    run = {"seed": 5, "scale": 0.5, "stages": stages, "torch": "2", "transformers": "5"}
+    two_words, _ = evaluate(model, build_processor(), questions=2, seed=0, kinds=TWO_WORD_KINDS)
+    write_card(folder, model, run, scores, two_words, eval_seed=0)
     card = (folder / "README.md").read_text()
-    assert run["command"] in card and "frames 1,200 steps" in card and f"| all | {scores['exact_match']:.1f} |" in card
+    assert "--seed 5 --scale 0.5" in card and "| frames | 1,200 | 2 | 2 |" in card
+    assert f"| all | {scores['exact_match']:.1f} |" in card
 
 
 def test_the_preset_and_the_tokenizer_agree():

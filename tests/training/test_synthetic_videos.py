@@ -13,6 +13,7 @@ from training.synthetic_videos import (
     NOTHING,
     PLURALS,
     SHAPES,
+    TWO_WORD_KINDS,
     Clip,
     Thing,
     candidates,
@@ -46,7 +47,10 @@ def _answer(clip: Clip, text: str) -> str:
     if "after" in words or "before" in words:
         place += 1 if "after" in words else -1
         assert place >= 0
-        return f"{shown[place][1].colour} {shown[place][1].shape}"
+        thing = shown[place][1]
+        if "color" in words:
+            return thing.colour
+        return thing.shape if "shape" in words else f"{thing.colour} {thing.shape}"
     return shown[place][0]
 
 
@@ -55,10 +59,11 @@ def test_every_answer_equals_a_recount_of_the_frames():
     kinds = Counter()
     for _ in range(150):
         clip = make_clip(rng, (2, 16))
-        for question in make_questions(clip, rng, 12):
+        for question in make_questions(clip, rng, 14, (*KINDS, *TWO_WORD_KINDS)):
             assert _answer(clip, question.text) == question.answer, (question, clip)
+            assert len(question.answer.split()) == 1 or question.kind in TWO_WORD_KINDS
             kinds[question.kind] += 1
-    assert set(kinds) == set(KINDS) and min(kinds.values()) > 100
+    assert set(kinds) == {*KINDS, *TWO_WORD_KINDS} and min(kinds.values()) > 100
 
 
 def test_a_question_without_a_single_answer_is_not_asked():
@@ -66,7 +71,15 @@ def test_a_question_without_a_single_answer_is_not_asked():
     other = Thing("blue", "circle", 0.5, 0.5, 0.5, 1.0)
     found = candidates(Clip((thing, other, thing, None), Fraction(1), "plain", 0))
     assert found["when"] == [("when", {"thing": "blue circle"}, "1.0")]
-    assert [answer for _, _, answer in found["order"]] == ["red circle", "red circle"]
+    assert [answer for _, _, answer in found["sequence"]] == ["red circle", "red circle"]
+    assert [answer for _, _, answer in found["order"]] == ["circle", "red", "circle", "red"]
+    assert ("count", {"things": "red shapes"}, "2") in found["count"]
+
+
+def test_kinds_come_in_their_shares():
+    clip = make_clip(np.random.default_rng(0), (12, 12))
+    asked = Counter(q.kind for q in make_questions(clip, np.random.default_rng(1), 9, ("what", "count", "count")))
+    assert asked == {"what": 3, "count": 6}
 
 
 def test_plans_questions_and_pixels_are_functions_of_the_seed():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from training.synthetic_videos import TEMPLATES, make_clip, make_questions
+from training.synthetic_videos import KINDS, TEMPLATES, TWO_WORD_KINDS, make_clip, make_questions
 from training.tokenizer import SPECIAL_TOKENS, TIME_STAMPS, build_tokenizer
 
 
@@ -27,7 +27,7 @@ def test_special_tokens_and_time_stamps_are_single_tokens(tokenizer):
 def test_every_question_and_answer_is_in_the_vocabulary(tokenizer):
     rng = np.random.default_rng(0)
     for _ in range(100):
-        for question in make_questions(make_clip(rng, (4, 16)), rng, 10):
+        for question in make_questions(make_clip(rng, (4, 16)), rng, 10, (*KINDS, *TWO_WORD_KINDS)):
             ids = tokenizer([question.text, question.answer]).input_ids
             assert tokenizer.unk_token_id not in ids[0] + ids[1], question
             assert tokenizer.decode(ids[1]) == question.answer

@@ -1,0 +1,449 @@
+"""Decoder attention: rotary embeddings, the two lightning indexers, MLA and GQA.
+
+MLA is computed in absorbed form against the latent cache (DeepSeek-V2 report, section 2.1): the key up-projection
+moves into the query and the value up-projection behind the attention, so that the cache holds one row per token.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+from .sparse_attention_keye import (
+    Selection,
+    dense_attention,
+    dense_latent_attention,
+    resolve_backend,
+    select_tokens,
+    sparse_gqa,
+    sparse_mla,
+)
+from .sparse_eager_keye import eager_attention, eager_selection
+
+# Queries per selection and attention step: bounds the absorbed queries and the index list of one step.
+_QUERY_STEP = 512
+# Largest expanded key/value tensor, in elements, for which dense MLA expands the latents instead of absorbing.
+_MAX_EXPANDED_ELEMENTS = 2**27
+
+
+class KeyeRMSNorm(nn.Module):
+    """Root-mean-square norm: float32 statistics, cast back, then the weight."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.promote_types(dtype, torch.float32))
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon)).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class KeyeRotaryEmbedding(nn.Module):
+    """cos and sin of the decoder's rotary embedding, 1-D or with contiguous M-RoPE sections.
+
+    The attribute names are the ones by which the library restores `inv_freq` after loading.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = self.rope_kind(config)
+        self.mrope_section = self.scaled_section(config)
+        init: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            init = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = init(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def rope_kind(config) -> str:
+        return config.rope_parameters["rope_type"]
+
+    @staticmethod
+    def scaled_section(config) -> list[int] | None:
+        return config.mrope_section
+
+    @staticmethod
+    def compute_default_rope_parameters(config, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies theta^(-2i/d) [d/2] over the rotary dimension, and the factor 1.0."""
+        return _inverse_frequencies(config.rope_parameters["rope_theta"], config.head_dim, device), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids [B, S], or [3, B, S] with sections -> cos, sin [B, S, d] in the dtype of x."""
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        if self.mrope_section is not None:
+            axes = freqs.split(self.mrope_section, dim=-1)
+            freqs = torch.cat([part[i] for i, part in enumerate(axes)], dim=-1)
+        emb = torch.cat((freqs, freqs), dim=-1)
+        return (emb.cos() * self.attention_scaling).to(x.dtype), (emb.sin() * self.attention_scaling).to(x.dtype)
+
+
+class KeyeIndexerRotaryEmbedding(KeyeRotaryEmbedding):
+    """Rotary embedding of the keye_vl_2 indexer: all its dimensions, theta of the decoder, scaled sections."""
+
+    @staticmethod
+    def rope_kind(config) -> str:
+        return "default"
+
+    @staticmethod
+    def scaled_section(config) -> list[int] | None:
+        if config.mrope_section is None:
+            return None
+        return [n * config.index_head_dim // config.head_dim for n in config.mrope_section]
+
+    @staticmethod
+    def compute_default_rope_parameters(config, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+        return _inverse_frequencies(config.rope_parameters["rope_theta"], config.index_head_dim, device), 1.0
+
+
+def _inverse_frequencies(theta: float, dim: int, device=None) -> torch.Tensor:
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """Rotary embedding of x [B, S, heads, d] by cos, sin [B, S, d].
+
+    Half-split pairs (i, i + d/2). With `interleaved` the input pairs are (2i, 2i + 1); the output is laid out
+    half-split all the same, which changes nothing as long as queries and keys agree.
+    """
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    if interleaved:
+        x = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class KeyeDeepseekIndexer(nn.Module):
+    """Lightning indexer of DeepSeek-V3.2: `I[t,s] = sum_j w[t,j] relu(q[t,j] . k[s])`, gates scaled by (Hi Di)^-0.5.
+
+    Queries come from the query latent of MLA, keys and gates from the layer input. Only the first `qk_rope_head_dim`
+    dimensions are rotated, half-split although the attention itself is interleaved. The Hadamard transform and fp8
+    of the original leave the dot product as it is and are left out.
+    """
+
+    reads_query_latent = True
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads, self.head_dim, self.rope_dim = (
+            config.index_n_heads,
+            config.index_head_dim,
+            config.qk_rope_head_dim,
+        )
+        self.wq_b = nn.Linear(config.q_lora_rank, self.num_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
+        self.weights_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+
+    def forward(self, hidden_states, query_latent, cos, sin):
+        """hidden_states [B, S, hidden], query_latent [B, S, q_lora_rank], cos and sin [B, S, R] ->
+        queries [B, S, Hi, Di], keys [B, S, Di], gates [B, S, Hi] float32."""
+        q = self.wq_b(query_latent).unflatten(-1, (self.num_heads, self.head_dim))
+        k = self.k_norm(self.wk(hidden_states)).unsqueeze(2)
+        q, k = (torch.cat([rotate(x[..., : self.rope_dim], cos, sin), x[..., self.rope_dim :]], dim=-1) for x in (q, k))
+        gates = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype)).float()
+        return q, k.squeeze(2), gates * (self.num_heads * self.head_dim) ** -0.5
+
+
+class KeyeFusedIndexer(nn.Module):
+    """Lightning indexer of Keye-VL-2.0: reads the layer input only, gates are the last rows of `q_proj`.
+
+    Queries are RMS-normalised per head, keys go through a LayerNorm with bias, all dimensions are rotated. Gates are
+    scaled by Di^-0.5 only and may be negative.
+    """
+
+    reads_query_latent = False
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads, self.head_dim = config.index_n_heads, config.index_head_dim
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * (self.head_dim + 1), bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.head_dim, bias=False)
+        self.q_norm = KeyeRMSNorm(self.head_dim, eps=1e-6)
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
+
+    def forward(self, hidden_states, query_latent, cos, sin):
+        """As `KeyeDeepseekIndexer.forward`; `query_latent` is not read, cos and sin are [B, S, Di]."""
+        q, gates = self.q_proj(hidden_states).split([self.num_heads * self.head_dim, self.num_heads], dim=-1)
+        q = rotate(self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))), cos, sin)
+        k = rotate(self.k_norm(self.k_proj(hidden_states)).unsqueeze(2), cos, sin).squeeze(2)
+        return q, k, gates.float() * self.head_dim**-0.5
+
+
+INDEXERS = {"deepseek_v32": KeyeDeepseekIndexer, "keye_vl_2": KeyeFusedIndexer}
+
+
+class KeyeAttention(nn.Module):
+    """What MLA and GQA share: the indexer, the cache, and the split into dense and sparse queries."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.is_sparse = config.layer_types[layer_idx] != "full_attention"
+        self.indexer = None
+        self.selection = Selection()
+        self.backend_ran: str | None = None
+        if self.is_sparse:
+            self.selection = Selection(
+                topk=config.index_topk if config.indexer_type else None,
+                local_window=config.local_window,
+                anchor_stride=config.anchor_stride,
+            )
+            if config.indexer_type:
+                self.indexer = INDEXERS[config.indexer_type](config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        index_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        query_offset: int = 0,
+        first_slot: int = 0,
+        output_indexer_selections: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: [B, S, hidden], the normalised layer input.
+            attention_mask: bool [B, T] at real tokens, or None; for `eager` also bool [B, 1, S, T].
+            query_offset: cache slot of the first query. first_slot: lowest slot that holds a real token.
+
+        Returns:
+            output [B, S, hidden], attention weights [B, H, S, T] (`eager` only), selected slots int32 [B, S, K] when
+            `output_indexer_selections`.
+        """
+        queries, states, query_latent = self.project(hidden_states, *position_embeddings)
+        index = None
+        if self.indexer is not None:
+            index = self._index(hidden_states, query_latent, index_position_embeddings or position_embeddings)
+            if past_key_values is not None:
+                index = (index[0], past_key_values.update_indexer(index[1], self.layer_idx), index[2])
+        if past_key_values is not None:
+            states = past_key_values.update(*states, self.layer_idx)
+        num_keys = query_offset + hidden_states.shape[1]
+        states = tuple(state[:, :, :num_keys] for state in states)
+        if self.config._attn_implementation == "eager":
+            self.backend_ran = "dense mask"
+            return self._eager(queries, states, index, attention_mask, query_offset, output_indexer_selections)
+        return self._tiled(queries, states, index, attention_mask, query_offset, first_slot, output_indexer_selections)
+
+    @torch.no_grad()
+    def _index(self, hidden_states, query_latent, position_embeddings):
+        # A selection has no gradient: the language-model loss never reaches the indexer.
+        return self.indexer(hidden_states, query_latent, *position_embeddings)
+
+    def _tiled(self, queries, states, index, key_mask, query_offset, first_slot, output_selections):
+        batch, num_queries = queries.shape[:2]
+        num_visible = query_offset + num_queries - first_slot
+        num_dense = self.selection.dense_length(num_visible) + first_slot - query_offset
+        num_dense = num_queries if self.selection.is_dense else min(max(num_dense, 0), num_queries)
+        self.backend_ran = "dense" if num_dense == num_queries else resolve_backend("auto", queries.device)
+        outputs, selections = [], []
+        if num_dense:
+            keys = tuple(state[:, :, : query_offset + num_dense] for state in states)
+            mask = None if key_mask is None else key_mask[:, : query_offset + num_dense]
+            outputs.append(self.attend_dense(queries[:, :num_dense], keys, query_offset, mask))
+        for begin in range(num_dense, num_queries, _QUERY_STEP):
+            end = min(begin + _QUERY_STEP, num_queries)
+            selected = self._select(index, batch, begin, end, query_offset, key_mask, queries.device)
+            outputs.append(self.attend_sparse(queries[:, begin:end], states, selected))
+            if output_selections:
+                selections.append(selected)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        selection = None
+        if output_selections and self.is_sparse:
+            if num_dense:
+                selections.insert(0, self._select(index, batch, 0, num_dense, query_offset, key_mask, queries.device))
+            width = max(part.shape[-1] for part in selections)
+            selections = [nn.functional.pad(part, (0, width - part.shape[-1]), value=-1) for part in selections]
+            selection = torch.cat(selections, dim=1)
+        return self.o_proj(output.flatten(2)), None, selection
+
+    def _select(self, index, batch, begin, end, query_offset, key_mask, device):
+        q, k, gates = (
+            (None, None, None) if index is None else (index[0][:, begin:end], index[1], index[2][:, begin:end])
+        )
+        return select_tokens(
+            self.selection,
+            q,
+            k,
+            gates,
+            batch_size=batch,
+            num_queries=end - begin,
+            query_offset=query_offset + begin,
+            key_mask=key_mask,
+            device=device,
+        )
+
+    def _eager(self, queries, states, index, attention_mask, query_offset, output_selections):
+        kept = eager_selection(self.selection, index, queries.shape[:2], query_offset, attention_mask, queries.device)
+        keys, values = self.expand(states)
+        output, weights = eager_attention(queries, keys, values, kept, self.scaling)
+        selection = None
+        if output_selections and self.is_sparse:
+            num_keys = kept.shape[-1]
+            slots = torch.where(kept, torch.arange(num_keys, device=kept.device), num_keys).sort(dim=-1).values
+            selection = slots.masked_fill(slots == num_keys, -1)[..., : self.selection.width(num_keys)].to(torch.int32)
+        return self.o_proj(output.flatten(2)), weights, selection
+
+
+class KeyeLatentAttention(KeyeAttention):
+    """Multi-head latent attention with a selection; parameter names as in DeepSeek-V3."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.nope_dim, self.rope_dim, self.value_dim = (
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+        )
+        self.kv_lora_rank = config.kv_lora_rank
+        self.interleaved = config.rope_interleave
+        head_dim = self.nope_dim + self.rope_dim
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, self.num_heads * head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=config.attention_bias)
+            self.q_a_layernorm = KeyeRMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, self.num_heads * head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(
+            config.hidden_size, self.kv_lora_rank + self.rope_dim, bias=config.attention_bias
+        )
+        self.kv_a_layernorm = KeyeRMSNorm(self.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, self.num_heads * (self.nope_dim + self.value_dim), bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.value_dim, config.hidden_size, bias=config.attention_bias)
+        self.scaling = head_dim**-0.5 * _yarn_temperature(config.rope_parameters)
+
+    def project(self, hidden_states, cos, sin):
+        """-> queries [B, S, H, nope + R], (cache rows [B, 1, S, C + R], empty values), query latent or None."""
+        latent = None
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(hidden_states)
+        else:
+            latent = self.q_a_layernorm(self.q_a_proj(hidden_states))
+            q = self.q_b_proj(latent)
+        q_nope, q_rope = q.unflatten(-1, (-1, self.nope_dim + self.rope_dim)).split(
+            [self.nope_dim, self.rope_dim], dim=-1
+        )
+        kv, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.rope_dim], dim=-1)
+        queries = torch.cat([q_nope, rotate(q_rope, cos, sin, self.interleaved)], dim=-1)
+        k_rope = rotate(k_rope.unsqueeze(2), cos, sin, self.interleaved).squeeze(2)
+        rows = torch.cat([self.kv_a_layernorm(kv), k_rope], dim=-1).unsqueeze(1)
+        return queries, (rows, rows[..., :0]), latent
+
+    def _up_projections(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """W_UK [H, nope, C] and W_UV [H, value, C], on the device and in the dtype of the queries."""
+        if type(self.kv_b_proj) is nn.Linear and not hasattr(self.kv_b_proj, "_hf_hook"):
+            weight = self.kv_b_proj.weight
+        else:  # adapters, quantised and offloaded layers have no plain weight: read it through the layer itself
+            eye = torch.eye(self.kv_lora_rank, dtype=queries.dtype, device=queries.device)
+            weight = self.kv_b_proj(eye).T
+        return weight.unflatten(0, (-1, self.nope_dim + self.value_dim)).split([self.nope_dim, self.value_dim], dim=1)
+
+    def expand_kv(self, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """latent [B, 1, T, C], k_rope [B, 1, T, R] -> keys [B, H, T, nope + R], values [B, H, T, value]."""
+        kv = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, self.nope_dim + self.value_dim)).transpose(1, 2)
+        k_nope, values = kv.split([self.nope_dim, self.value_dim], dim=-1)
+        return torch.cat([k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)], dim=-1), values
+
+    def expand(self, states):
+        return self.expand_kv(*states[0].split([self.kv_lora_rank, self.rope_dim], dim=-1))
+
+    def _absorb(self, queries: torch.Tensor, w_uk: torch.Tensor) -> torch.Tensor:
+        q_nope, q_rope = queries.split([self.nope_dim, self.rope_dim], dim=-1)
+        return torch.cat([torch.einsum("bshn,hnc->bshc", q_nope, w_uk), q_rope], dim=-1)
+
+    def attend_sparse(self, queries, states, selected):
+        w_uk, w_uv = self._up_projections(queries)
+        out, _ = sparse_mla(
+            self._absorb(queries, w_uk), states[0].squeeze(1), selected, self.scaling, self.kv_lora_rank
+        )
+        return torch.einsum("bshc,hvc->bshv", out, w_uv)
+
+    def attend_dense(self, queries, states, query_offset, key_mask):
+        batch, num_queries = queries.shape[:2]
+        num_keys = states[0].shape[2]
+        expanded = batch * num_keys * queries.shape[2] * (self.nope_dim + self.rope_dim)
+        # Expanding costs C (nope + value) per key and saves this much per query and key.
+        saved = 2 * self.kv_lora_rank - self.nope_dim - self.value_dim
+        pays = num_queries * saved > self.kv_lora_rank * (self.nope_dim + self.value_dim)
+        if not pays or expanded > _MAX_EXPANDED_ELEMENTS:
+            w_uk, w_uv = self._up_projections(queries)
+            out = dense_latent_attention(
+                self._absorb(queries, w_uk),
+                states[0].squeeze(1),
+                scaling=self.scaling,
+                value_dim=self.kv_lora_rank,
+                query_offset=query_offset,
+                key_mask=key_mask,
+            )
+            return torch.einsum("bshc,hvc->bshv", out, w_uv)
+        keys, values = self.expand(states)
+        return dense_attention(
+            queries.transpose(1, 2), keys, values, scaling=self.scaling, query_offset=query_offset, key_mask=key_mask
+        )
+
+
+class KeyeGroupedAttention(KeyeAttention):
+    """Grouped-query attention with normalised heads and a selection; parameter names as in Qwen3."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.head_dim, self.num_groups = config.head_dim, config.num_key_value_heads
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias)
+        self.q_norm = KeyeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = KeyeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.scaling = self.head_dim**-0.5
+
+    def project(self, hidden_states, cos, sin):
+        """-> queries [B, S, H, D], (keys, values [B, G, S, D]), None."""
+        q, k, v = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return q, (k.transpose(1, 2), v.transpose(1, 2)), None
+
+    def expand(self, states):
+        return states
+
+    def attend_sparse(self, queries, states, selected):
+        return sparse_gqa(queries, *states, selected, self.scaling)[0]
+
+    def attend_dense(self, queries, states, query_offset, key_mask):
+        return dense_attention(
+            queries.transpose(1, 2), *states, scaling=self.scaling, query_offset=query_offset, key_mask=key_mask
+        )
+
+
+ATTENTIONS = {"mla": KeyeLatentAttention, "gqa": KeyeGroupedAttention}
+
+
+def _yarn_temperature(rope_parameters: dict) -> float:
+    """m^2 of YaRN (DeepSeek-V3 `modeling`: mscale_all_dim), 1 without scaling."""
+    mscale = rope_parameters.get("mscale_all_dim", 0)
+    factor = rope_parameters.get("factor", 1.0)
+    if rope_parameters["rope_type"] == "default" or not mscale or factor <= 1:
+        return 1.0
+    return (0.1 * mscale * math.log(factor) + 1.0) ** 2

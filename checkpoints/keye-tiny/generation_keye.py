@@ -1,0 +1,103 @@
+"""What `generate` needs to know about videos: positions on three axes, media encoded once, prefill in chunks.
+
+The hooks overridden here are called by every supported release of the library; where a newer release already does part
+of the work (encoding before beams are expanded), the result arrives in the same place.
+"""
+
+import torch
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+class KeyeGenerationMixin(GenerationMixin):
+    """`GenerationMixin` for a model whose `self.model` is a `KeyeModel`."""
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """[B, S], or [4, B, S] (text row, then time, height, width) for three-axis models."""
+        text = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        if self.config.text_config.mrope_section is None:
+            return text
+        ids = model_kwargs.get("input_ids")
+        ids = inputs_tensor if ids is None or ids.shape[1] == 0 else ids
+        ids = None if ids.is_floating_point() else ids
+        past = model_kwargs.get("past_key_values")
+        past_length = 0 if past is None else int(past.get_seq_length())
+        if ids is not None and ids.shape[1] == text.shape[-1]:
+            ids = ids[:, past_length:]
+        media = {name: model_kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
+        positions = self.model.get_continued_positions(
+            ids, text.shape[-1] - past_length, model_kwargs.get("attention_mask"), past, **media
+        )
+        if positions is None:
+            return torch.cat([text[None], text.expand(3, -1, -1)])
+        # What is cached has its positions; only the row length must match the library's.
+        cached = torch.zeros(3, text.shape[0], past_length, dtype=torch.long, device=text.device)
+        positions = torch.cat([cached, positions.to(text.device).expand(-1, text.shape[0], -1)], dim=-1)
+        return torch.cat([text[None], positions])
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
+    ):
+        """Encode the media once, before prefill, and repeat inputs and features per beam.
+
+        Newer releases of the library encode before they call this; older ones do not, so both arrive here.
+        """
+        encoded = dict(model_kwargs.pop("mm_encoder_outputs", None) or {})
+        for modality, pixels, grid in (
+            ("image", "pixel_values", "image_grid_thw"),
+            ("video", "pixel_values_videos", "video_grid_thw"),
+        ):
+            values, grid_thw = model_kwargs.pop(pixels, None), model_kwargs.pop(grid, None)
+            if values is not None:
+                encoded[modality] = getattr(self.model, f"get_{modality}_features")(values, grid_thw, return_dict=True)
+        model_kwargs.pop("second_per_grid_ts", None)
+        if expand_size > 1:
+            position_ids = model_kwargs.pop("position_ids", None)
+            for modality, output in encoded.items():
+                encoded[modality] = self._expand_features(input_ids, model_kwargs, modality, output, expand_size)
+            input_ids, model_kwargs = super()._expand_inputs_for_generation(
+                expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+            )
+            if position_ids is not None:
+                model_kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=position_ids.dim() - 2)
+        if encoded:
+            model_kwargs["mm_encoder_outputs"] = encoded
+        return input_ids, model_kwargs
+
+    def _expand_features(self, input_ids, model_kwargs, modality, output, expand_size):
+        placeholder = getattr(self.config, f"{modality}_token_id")
+        ids = input_ids if input_ids is not None and input_ids.shape[1] else None
+        if ids is None:
+            raise ValueError(
+                "Beams over images or videos need `input_ids`; `inputs_embeds` alone do not show where they are."
+            )
+        tokens = self.model.check_features(ids == placeholder, modality, output)
+        per_sequence = tokens.split((ids == placeholder).sum(dim=1).tolist())
+        repeated = [part for part in per_sequence for _ in range(expand_size)]
+        return BaseModelOutputWithPooling(pooler_output=tuple(repeated))
+
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, inputs_embeds=None, is_first_iteration: bool = False, **kwargs
+    ):
+        # The library looks for `inputs_embeds` in this signature before it generates from embeddings.
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        past = kwargs.get("past_key_values")
+        if not is_first_iteration and past is not None and past.get_seq_length():
+            inputs.pop("mm_encoder_outputs", None)  # the features are in the cache by now
+        elif kwargs.get("mm_encoder_outputs") is not None:
+            # The library withholds them from the prefill of a draft model, which needs them as well.
+            inputs["mm_encoder_outputs"] = kwargs["mm_encoder_outputs"]
+        return inputs
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        # The decoder chunks by itself, with any kind of prompt and in every supported release of the library.
+        chunk, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None
+        if chunk is None:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        try:
+            model_kwargs = {**model_kwargs, "prefill_chunk_size": chunk}
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        finally:
+            generation_config.prefill_chunk_size = chunk

@@ -1,0 +1,736 @@
+"""Keye video question answering: read this file first.
+
+`KeyeForVideoQA` = vision tower and projector (`vision_keye`) -> decoder with sparse attention (`attention_keye`,
+`sparse_attention_keye`) and experts -> language-model head. A video is encoded once, in chunks of frames; a long prompt
+runs through the decoder in chunks of tokens; the cache keeps one row per token and layer (`cache_keye`).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations import use_experts_implementation
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention_keye import ATTENTIONS, KeyeAttention, KeyeIndexerRotaryEmbedding, KeyeRMSNorm, KeyeRotaryEmbedding
+from .cache_keye import adopt_growing_layers
+from .configuration_keye import KeyeConfig, KeyeTextConfig, KeyeVisionConfig
+from .generation_keye import KeyeGenerationMixin
+from .positions_keye import rope_index
+from .sparse_attention_keye import ATTENTION_NAME
+from .vision_keye import KeyeProjector, KeyeVisionAttention, KeyeVisionLayer, KeyeVisionTransformer, encode_media
+
+
+class KeyeMLP(nn.Module):
+    """SwiGLU: down(act(gate x) * up x)."""
+
+    def __init__(self, config, intermediate_size: int | None = None):
+        super().__init__()
+        size = config.intermediate_size if intermediate_size is None else intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.down_proj = nn.Linear(size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class KeyeRouter(nn.Module):
+    """Chooses experts per token; returns (logits [N, E], weights [N, k], indices [N, k]).
+
+    `sigmoid` (DeepSeek-V3, eq. 12-16): the correction bias and the groups decide the choice, the weights are the
+    unbiased sigmoids. `softmax` (Qwen3-MoE): softmax over all experts, then the top k.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size))
+        if config.scoring_func == "sigmoid":
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        config = self.config
+        if config.scoring_func == "softmax":
+            logits = nn.functional.linear(hidden_states, self.weight)
+            scores = choice = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        else:
+            dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
+            scores = logits.sigmoid()
+            choice = self._within_groups(scores + self.e_score_correction_bias)
+        indices = choice.topk(config.num_experts_per_tok, dim=-1).indices
+        weights = scores.gather(1, indices)
+        if config.norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return logits, (weights * config.routed_scaling_factor).to(hidden_states.dtype), indices
+
+    def _within_groups(self, choice: torch.Tensor) -> torch.Tensor:
+        if self.config.n_group == self.config.topk_group:
+            return choice
+        groups = choice.unflatten(-1, (self.config.n_group, -1))
+        best = groups.topk(2, dim=-1).values.sum(dim=-1).topk(self.config.topk_group, dim=-1).indices
+        excluded = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, False)
+        # Not zero: a biased score can be negative and would lose against an excluded one.
+        return groups.masked_fill(excluded.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+@use_experts_implementation
+class KeyeExperts(nn.Module):
+    """All experts of a layer as 3-D weights; `gate_up_proj` holds the gate rows, then the up rows."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.hidden_dim, self.intermediate_dim = config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states [N, hidden], top_k_index and top_k_weights [N, k] -> [N, hidden]. The plain loop; the library
+        replaces it by grouped matrix products unless "eager" is asked for."""
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            token, place = torch.where(top_k_index == expert)
+            gate, up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            result = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            output.index_add_(0, token, (result * top_k_weights[token, place, None]).to(output.dtype))
+        return output
+
+
+class KeyeMoE(nn.Module):
+    """Routed experts plus, if configured, shared experts that see every token."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = KeyeRouter(config)
+        self.experts = KeyeExperts(config)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            self.shared_experts = KeyeMLP(config, config.moe_intermediate_size * config.n_shared_experts)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, indices = self.gate(flat)
+        output = self.experts(flat, indices, weights).view_as(hidden_states)
+        return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
+
+
+class KeyeDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm block: attention, then a dense or routed MLP."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.self_attn = ATTENTIONS[config.attention_type](config, layer_idx)
+        self.mlp = KeyeMoE(config) if config.mlp_layer_types[layer_idx] == "sparse" else KeyeMLP(config)
+        self.input_layernorm = KeyeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = KeyeRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class KeyePreTrainedModel(PreTrainedModel):
+    config: KeyeConfig
+    config_class = KeyeConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["KeyeDecoderLayer", "KeyeVisionLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "indexer.weights_proj"]
+    _supports_sdpa = True
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = getattr(self.config, "initializer_range", None) or self.config.get_text_config().initializer_range
+        if isinstance(module, KeyeExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, KeyeRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if self.config.get_text_config().scoring_func == "sigmoid":
+                init.zeros_(module.e_score_correction_bias)
+
+
+class KeyeVisionModel(KeyePreTrainedModel):
+    """The vision tower as a model: patches [N, 3, P, P] and their grid -> one vector per patch."""
+
+    config: KeyeVisionConfig
+    config_class = KeyeVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "video")
+    _supports_flash_attn = True
+    _can_record_outputs = {"hidden_states": KeyeVisionLayer, "attentions": KeyeVisionAttention}
+
+    def __init__(self, config: KeyeVisionConfig):
+        super().__init__(config)
+        self.vision_model = KeyeVisionTransformer(config)
+        self.post_init()
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        # The decoder's implementation, given as a plain string, reaches the tower as well.
+        requested = "sdpa" if requested_attention == ATTENTION_NAME else requested_attention
+        return super().get_correct_attn_implementation(requested, is_init_check)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.embeddings.patch_embedding
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, video: bool = False, **kwargs
+    ) -> BaseModelOutput:
+        """pixel_values [N, 3, P, P], grid_thw [rows, 3] in patches, `video` whether rows are runs of frames."""
+        features = self.vision_model(
+            pixel_values,
+            grid_thw,
+            video,
+            output_attentions=bool(kwargs.get("output_attentions")),
+            output_hidden_states=bool(kwargs.get("output_hidden_states")),
+        )
+        return BaseModelOutput(last_hidden_state=features)
+
+
+@dataclass
+class KeyeModelOutputWithPast(ModelOutput):
+    """Output of `KeyeTextModel` and `KeyeModel`.
+
+    rope_deltas: int64 [B, 1], what a text token's position adds to its slot (three-axis position ids only).
+    indexer_selections: one int32 [B, S, K] per layer that selects, in order: the slots that each query kept
+        (`output_indexer_selections=True`).
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    indexer_selections: tuple[torch.Tensor, ...] | None = None
+    rope_deltas: torch.Tensor | None = None
+
+
+@dataclass
+class KeyeForVideoQAOutput(ModelOutput):
+    """Output of `KeyeForVideoQA`: loss [], logits [B, S, vocabulary], and what `KeyeModelOutputWithPast` holds."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    indexer_selections: tuple[torch.Tensor, ...] | None = None
+    rope_deltas: torch.Tensor | None = None
+
+
+class KeyeTextModel(KeyePreTrainedModel):
+    """The decoder without a head."""
+
+    config: KeyeTextConfig
+    config_class = KeyeTextConfig
+    input_modalities = ("text",)
+    _can_record_outputs = {
+        "hidden_states": KeyeDecoderLayer,
+        "attentions": OutputRecorder(KeyeAttention, index=1),
+        "router_logits": OutputRecorder(KeyeRouter, index=0),
+        "indexer_selections": OutputRecorder(KeyeAttention, index=2),
+    }
+
+    def __init__(self, config: KeyeTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([KeyeDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = KeyeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = KeyeRotaryEmbedding(config)
+        self.index_rotary_emb = KeyeIndexerRotaryEmbedding(config) if config.indexer_type == "keye_vl_2" else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        # SDPA has no selection; the sparse core uses it where a query keeps everything.
+        requested = ATTENTION_NAME if requested_attention in (None, "sdpa") else requested_attention
+        if requested not in (ATTENTION_NAME, "eager"):
+            raise ValueError(
+                f"The decoder runs under {ATTENTION_NAME!r} or 'eager', not {requested!r}. To choose "
+                f"for the vision tower only, pass a dict: {{'text_config': {ATTENTION_NAME!r}, 'vision_config': "
+                f"{requested!r}}}."
+            )
+        return super().get_correct_attn_implementation(requested, is_init_check)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> KeyeModelOutputWithPast:
+        """
+        Args:
+            attention_mask: [B, T] with 1 at real tokens; `eager` also takes bool or additive [B, 1, S, T].
+            position_ids: [B, S], or [3, B, S] (time, height, width) when the configuration has `mrope_section`; a
+                fourth, leading text row is accepted and ignored.
+            prefill_chunk_size (keyword): overrides the configuration's for this call.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, num_queries = inputs_embeds.shape[:2]
+        if num_queries == 0:
+            raise ValueError("The input holds no token; pass at least one.")
+        chunk = self._chunk_size(num_queries, kwargs)
+        keep_cache = use_cache
+        if past_key_values is None and (use_cache or chunk < num_queries):
+            past_key_values = DynamicCache(config=self.config)
+        offset = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if past_key_values is not None:
+            adopt_growing_layers(past_key_values, self.config.num_hidden_layers, offset + num_queries)
+        mask, first_slot = self._prepare_mask(attention_mask, batch, offset + num_queries)
+        position_ids = self._prepare_positions(position_ids, mask, batch, offset, num_queries, inputs_embeds.device)
+
+        outputs = []
+        for begin in range(0, num_queries, chunk):
+            end = min(begin + chunk, num_queries)
+            outputs.append(
+                self._decode(
+                    inputs_embeds[:, begin:end],
+                    position_ids[..., begin:end],
+                    mask if mask is None or mask.dim() == 4 else mask[:, : offset + end],
+                    past_key_values,
+                    offset + begin,
+                    first_slot,
+                    **kwargs,
+                )
+            )
+        hidden_states = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return KeyeModelOutputWithPast(
+            last_hidden_state=hidden_states, past_key_values=past_key_values if keep_cache else None
+        )
+
+    def _decode(self, hidden_states, position_ids, mask, past_key_values, query_offset, first_slot, **kwargs):
+        positions = self.rotary_emb(hidden_states, position_ids)
+        index_positions = None
+        if self.index_rotary_emb is not None:
+            index_positions = self.index_rotary_emb(hidden_states, position_ids)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=positions,
+                index_position_embeddings=index_positions,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                query_offset=query_offset,
+                first_slot=first_slot,
+                **kwargs,
+            )
+        return self.norm(hidden_states)
+
+    def _chunk_size(self, num_queries: int, kwargs: dict) -> int:
+        chunk = kwargs.pop("prefill_chunk_size", None)
+        chunk = self.config.prefill_chunk_tokens if chunk is None else chunk
+        if chunk < 1:
+            raise ValueError(f"`prefill_chunk_size` is {chunk}; it must be at least 1.")
+        sparse = self.config._attn_implementation != "eager"
+        if sparse and (kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False)):
+            raise ValueError(
+                "Sparse attention makes no attention matrix to return. Load the model with "
+                "`attn_implementation='eager'` for `output_attentions`, or ask for `output_indexer_selections`."
+            )
+        recorded = any(
+            kwargs.get(f"output_{name}") or getattr(self.config, f"output_{name}", False)
+            for name in self._can_record_outputs
+        )
+        if recorded or torch.is_grad_enabled() or self.config._attn_implementation == "eager":
+            return max(num_queries, 1)
+        return chunk
+
+    def _prepare_mask(self, attention_mask, batch: int, num_keys: int) -> tuple[torch.Tensor | None, int]:
+        """Bool mask, None when nothing is masked, and the first slot that any sequence uses."""
+        if isinstance(attention_mask, dict):
+            attention_mask = next(iter(attention_mask.values()))
+        if attention_mask is None:
+            return None, 0
+        if attention_mask.dim() == 4:
+            if self.config._attn_implementation != "eager":
+                raise ValueError(
+                    f"A 4-D attention mask {tuple(attention_mask.shape)} needs `attn_implementation='eager'`; sparse "
+                    "attention takes the padding mask [batch, tokens]."
+                )
+            allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+            return allowed, 0
+        if attention_mask.shape[0] != batch or attention_mask.shape[1] < num_keys:
+            raise ValueError(
+                f"`attention_mask` {tuple(attention_mask.shape)} must cover all {num_keys} tokens (with cached ones) "
+                f"of {batch} sequences."
+            )
+        mask = attention_mask[:, :num_keys].bool()
+        if bool(mask.all()):
+            return None, 0
+        return mask, int(mask.any(dim=0).to(torch.uint8).argmax())
+
+    def _prepare_positions(self, position_ids, mask, batch, offset, num_queries, device) -> torch.Tensor:
+        if position_ids is None:
+            if mask is not None and mask.dim() == 2:
+                position_ids = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, offset:]
+            else:
+                position_ids = torch.arange(offset, offset + num_queries, device=device).expand(batch, -1)
+        if position_ids.shape[-1] != num_queries:
+            raise ValueError(
+                f"`position_ids` {tuple(position_ids.shape)} must describe the {num_queries} tokens of this call, not "
+                "those in the cache."
+            )
+        if self.config.mrope_section is None:
+            if position_ids.dim() == 3 and position_ids.shape[0] != 4:
+                raise ValueError(
+                    f"Three-axis `position_ids` {tuple(position_ids.shape)} need a configuration with `mrope_section`."
+                )
+            return position_ids[0] if position_ids.dim() == 3 else position_ids
+        if position_ids.dim() == 2:
+            return position_ids.expand(3, -1, -1)
+        return position_ids[-3:]
+
+
+class KeyeModel(KeyePreTrainedModel):
+    """Vision tower, projector and decoder: token ids and pixels in, hidden states out."""
+
+    def __init__(self, config: KeyeConfig):
+        super().__init__(config)
+        self.visual = KeyeVisionModel._from_config(config.vision_config)
+        self.projector = KeyeProjector(config.vision_config, config.text_config.hidden_size)
+        self.language_model = KeyeTextModel._from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs):
+        """Token features of images: `pooler_output` holds one [tokens, hidden] tensor per image."""
+        return self._features(pixel_values, image_grid_thw, video=False, **kwargs)
+
+    @can_return_tuple
+    def get_video_features(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **kwargs):
+        """Token features of videos: `pooler_output` holds one [tokens, hidden] tensor per row of `video_grid_thw`.
+
+        The tower runs over chunks of frames, so its memory does not grow with the video; only with
+        `output_hidden_states` or `output_attentions` it runs once over everything.
+        """
+        return self._features(pixel_values_videos, video_grid_thw, video=True, **kwargs)
+
+    def _features(self, pixel_values, grid_thw, video: bool, **kwargs) -> BaseModelOutputWithPooling:
+        if grid_thw is None:
+            name = "video_grid_thw" if video else "image_grid_thw"
+            raise ValueError(f"Pixels were passed without `{name}`. Build the inputs with `KeyeProcessor`.")
+        recorded = {name: True for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)}
+        if not recorded:
+            tokens = encode_media(self.visual, self.projector, pixel_values, grid_thw, video)
+            return BaseModelOutputWithPooling(pooler_output=tuple(tokens))
+        output = self.visual(pixel_values, grid_thw, video, **recorded)
+        tokens = self.projector(output.last_hidden_state, grid_thw)
+        lengths = (grid_thw.prod(dim=-1) // self.config.vision_config.spatial_merge_size**2).tolist()
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output.last_hidden_state,
+            pooler_output=tokens.split(lengths),
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def get_rope_index(
+        self,
+        input_ids: torch.LongTensor,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        second_per_grid_ts: Iterable[float] | None = None,
+        **kwargs,
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Three-axis positions [3, B, S] of a prompt and `rope_deltas` [B, 1]; see `positions_keye.rope_index`."""
+        return rope_index(
+            self.config,
+            input_ids,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            attention_mask=attention_mask,
+            second_per_grid_ts=second_per_grid_ts,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        second_per_grid_ts: Iterable[float] | None = None,
+        mm_encoder_outputs: dict | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> KeyeModelOutputWithPast:
+        """
+        Args:
+            input_ids: [B, S] with a placeholder per visual token, as `KeyeProcessor` makes them.
+            pixel_values, pixel_values_videos: patches [N, 3, P, P] of all images / all frames of the batch, in order.
+            image_grid_thw, video_grid_thw: [rows, 3] (frames, height, width) in patches.
+            mm_encoder_outputs: {"image": ..., "video": ...} from `get_image_features` / `get_video_features` in place
+                of pixels.
+
+        Raises `ValueError` when the placeholders and the features differ in number.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        features = dict(mm_encoder_outputs or {})
+        if pixel_values is not None:
+            features["image"] = self.get_image_features(pixel_values, image_grid_thw, return_dict=True)
+        if pixel_values_videos is not None:
+            features["video"] = self.get_video_features(pixel_values_videos, video_grid_thw, return_dict=True)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        for modality, output in features.items():
+            if output is not None:
+                inputs_embeds = self._insert(input_ids, inputs_embeds, modality, output)
+
+        three_axes = self.config.text_config.mrope_section is not None
+        past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if past_length == 0 and input_ids is not None:
+            self._refuse_lone_placeholders(input_ids, features)
+        if position_ids is None and three_axes:
+            if input_ids is None and features:
+                raise ValueError("Three-axis positions of images and videos need `input_ids` or `position_ids`.")
+            padding = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
+            position_ids = self.get_continued_positions(
+                input_ids, inputs_embeds.shape[1], padding, past_key_values, image_grid_thw, video_grid_thw,
+                second_per_grid_ts,
+            )  # fmt: skip
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        if three_axes and position_ids is not None and position_ids.dim() == 3:
+            seen = past_length + inputs_embeds.shape[1]
+            outputs.rope_deltas = position_ids[-3:].amax(dim=(0, 2)).unsqueeze(1) + 1 - seen
+            if outputs.past_key_values is not None:
+                # Where a later turn goes on belongs to what it goes on from.
+                outputs.past_key_values.rope_deltas = outputs.rope_deltas
+        return outputs
+
+    def _insert(self, input_ids, inputs_embeds, modality: str, output) -> torch.Tensor:
+        placeholder = getattr(self.config, f"{modality}_token_id")
+        if input_ids is not None:
+            places = input_ids == placeholder
+        else:
+            ids = torch.tensor(placeholder, device=inputs_embeds.device)
+            places = (inputs_embeds == self.get_input_embeddings()(ids)).all(dim=-1)
+        tokens = self.check_features(places, modality, output).to(inputs_embeds.device, inputs_embeds.dtype)
+        if tokens.shape[-1] != inputs_embeds.shape[-1]:
+            raise ValueError(
+                f"The {modality} features are {tokens.shape[-1]} wide, this decoder {inputs_embeds.shape[-1]}: "
+                "they were encoded for another model."
+            )
+        return inputs_embeds.masked_scatter(places.unsqueeze(-1), tokens)
+
+    def check_features(self, places: torch.Tensor, modality: str, output) -> torch.Tensor:
+        """The features of a modality as [tokens, hidden]; raises `ValueError` unless they fill `places` exactly."""
+        tokens = output["pooler_output"] if isinstance(output, dict) else output
+        tokens = tokens if isinstance(tokens, torch.Tensor) else torch.cat(list(tokens))
+        if int(places.sum()) != tokens.shape[0]:
+            raise ValueError(
+                f"The prompt holds {int(places.sum())} {modality} placeholders, but the {modality} features are "
+                f"{tokens.shape[0]} tokens. Build the inputs with `KeyeProcessor`."
+            )
+        return tokens
+
+    def _refuse_lone_placeholders(self, input_ids: torch.Tensor, features: dict) -> None:
+        for modality in ("image", "video"):
+            placeholder = getattr(self.config, f"{modality}_token_id")
+            if features.get(modality) is None and bool((input_ids == placeholder).any()):
+                raise ValueError(
+                    f"The prompt holds {modality} placeholders (id {placeholder}), but no {modality} was passed. "
+                    "Build the inputs with `KeyeProcessor`."
+                )
+
+    def get_continued_positions(
+        self,
+        input_ids: torch.LongTensor | None,
+        num_tokens: int,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        second_per_grid_ts: Iterable[float] | None = None,
+    ) -> torch.LongTensor | None:
+        """Three-axis positions [3, B, num_tokens] of the tokens behind the cache, None where plain counting is right.
+
+        `input_ids` are those tokens alone; the grids describe the media among them. `attention_mask` covers the cache
+        as well. The cache remembers from which position its text goes on.
+        """
+        past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        deltas = getattr(past_key_values, "rope_deltas", None) if past_length else None
+        if input_ids is not None and (image_grid_thw is not None or video_grid_thw is not None):
+            mask = None if attention_mask is None else attention_mask[:, past_length:]
+            positions, _ = self.get_rope_index(input_ids, image_grid_thw, video_grid_thw, mask, second_per_grid_ts)
+        elif deltas is None:
+            return None
+        else:
+            positions = torch.arange(num_tokens, device=deltas.device).expand(3, 1, -1)
+        if past_length:
+            positions = positions + past_length + (0 if deltas is None else deltas.to(positions.device))
+        return positions
+
+
+class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
+    """Answers questions about videos and images."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: KeyeConfig):
+        super().__init__(config)
+        self.model = KeyeModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # The library picks a loss by class name, and this name matches none.
+        self.loss_type = "ForConditionalGeneration"
+        # A generated placeholder would stand for pixels that nobody gave.
+        if self.generation_config.suppress_tokens is None:
+            self.generation_config.suppress_tokens = [config.image_token_id, config.video_token_id]
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs):
+        """See `KeyeModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    def get_video_features(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **kwargs):
+        """See `KeyeModel.get_video_features`."""
+        return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+
+    def attention_backend_report(self) -> list[dict]:
+        """Per decoder layer: implementation, what a query keeps, and which backend ran in the last call.
+
+        `ran` is "torch" (the selection was made and read), "dense" (every query kept everything, so nothing had to be
+        selected), "dense mask" (`eager`), or None before the first call.
+        """
+        report = []
+        for i, layer in enumerate(self.model.language_model.layers):
+            attention = layer.self_attn
+            report.append(
+                {
+                    "layer": i,
+                    "implementation": attention.config._attn_implementation,
+                    "ran": attention.backend_ran,
+                    "topk": attention.selection.topk,
+                    "local_window": attention.selection.local_window,
+                    "anchor_stride": attention.selection.anchor_stride,
+                }
+            )
+        return report
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        second_per_grid_ts: Iterable[float] | None = None,
+        mm_encoder_outputs: dict | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> KeyeForVideoQAOutput:
+        """
+        Args:
+            labels: [B, S] token ids, -100 where no loss is wanted (padding, prompt, placeholders); shifted inside.
+            logits_to_keep: compute logits for the last n tokens only, or for the given indices; 0 means all.
+
+        The other arguments are those of `KeyeModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            second_per_grid_ts=second_per_grid_ts,
+            mm_encoder_outputs=mm_encoder_outputs,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        partial = not isinstance(logits_to_keep, int) or logits_to_keep > 0
+        if labels is not None and partial:
+            raise ValueError("`labels` need all logits: leave out `logits_to_keep`.")
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return KeyeForVideoQAOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            indexer_selections=outputs.indexer_selections,
+            rope_deltas=outputs.rope_deltas,
+        )
+
+
+__all__ = ["KeyeForVideoQA", "KeyeModel", "KeyePreTrainedModel", "KeyeTextModel", "KeyeVisionModel"]
