@@ -58,7 +58,6 @@ def ask(model, processor, paths: list[Path], questions: list[str]) -> list[str]:
         return_tensors="pt",
         processor_kwargs={"padding": True},
     ).to(model.device)
-    inputs.pop("video_metadata", None)
     answers = model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     return processor.batch_decode(answers, skip_special_tokens=True)
 

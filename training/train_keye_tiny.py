@@ -8,7 +8,8 @@ Stages, each one run of `Trainer` that can be resumed from `DIR/<stage>`:
   videos   ... and about pixels, which the finished tower puts into the same words; half the clips stay transcripts
 Embeddings of the words in transcripts stay as initialised, so that `frames` and the two stages after it do not depend
 on each other: with `--only` they can run side by side, with the same result.
-Accuracy per kind of question is printed on clips never seen before, because no clip is drawn twice.
+Accuracy per kind of question is printed on clips never seen before, because no clip is drawn twice. Two CPU cores
+need about an hour.
 """
 
 import argparse

@@ -136,7 +136,7 @@ def test_a_checkpoint_is_written_evaluated_and_described(tmp_path):
     stages = [{"name": "frames", "steps": 1200, "seconds": 90, "threads": 2}]
     run = {"seed": 5, "scale": 0.5, "stages": stages, "torch": "2", "transformers": "5"}
     two_words, _ = evaluate(model, build_processor(), questions=2, seed=0, kinds=TWO_WORD_KINDS)
-    write_card(folder, model, run, scores, two_words, eval_seed=0)
+    write_card(folder, model, run, 0, scores, two_words, longer_scores=two_words)
     card = (folder / "README.md").read_text()
     assert "--seed 5 --scale 0.5" in card and "| frames | 1,200 | 2 | 2 |" in card
     assert f"| all | {scores['exact_match']:.1f} |" in card
