@@ -13,8 +13,9 @@ def ask(video: str, question: str, folder: str = str(EMBEDDED)) -> str:
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     content = [{"type": "video", "path": video}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     answer = model.generate(**inputs)
     return processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

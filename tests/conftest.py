@@ -84,3 +84,13 @@ def pytest_collection_modifyitems(items):
 
 def pytest_unconfigure():
     shutil.rmtree(_hub_home, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def no_global_switch_stays():
+    """A test that leaves gradients off or a default device behind makes others fail elsewhere; it fails itself."""
+    yield
+    left = [] if torch.is_grad_enabled() else ["gradients off"]
+    left += [] if torch.overrides._len_torch_function_stack() == 0 else ["a function mode (default device?)"]
+    torch.set_grad_enabled(True)
+    assert not left

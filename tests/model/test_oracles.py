@@ -63,11 +63,11 @@ def peer_of(model: KeyeForVideoQA, config_class, model_class, fields, attention:
 def run_steps(model, ids: torch.Tensor, prompt: int, **kwargs):
     """Prefill of `prompt` tokens and one cached step per further token; yields (first slot, output)."""
     cache = None
-    with torch.no_grad():
-        for begin, end in [(0, prompt), *((t, t + 1) for t in range(prompt, ids.shape[1]))]:
+    for begin, end in [(0, prompt), *((t, t + 1) for t in range(prompt, ids.shape[1]))]:
+        with torch.no_grad():  # not around the `yield`: two of these run in turns
             output = model(ids[:, begin:end], past_key_values=cache, use_cache=True, **kwargs)
-            cache = output.past_key_values
-            yield begin, output
+        cache = output.past_key_values
+        yield begin, output
 
 
 def largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
