@@ -54,7 +54,7 @@ class KeyeGenerationMixin(GenerationMixin):
         if expand_size > 1:
             position_ids = model_kwargs.pop("position_ids", None)
             for modality, output in encoded.items():
-                encoded[modality] = self._expand_features(input_ids, model_kwargs, modality, output, expand_size)
+                encoded[modality] = self._expand_features(input_ids, modality, output, expand_size)
             input_ids, model_kwargs = super()._expand_inputs_for_generation(
                 expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
             )
@@ -64,15 +64,15 @@ class KeyeGenerationMixin(GenerationMixin):
             model_kwargs["mm_encoder_outputs"] = encoded
         return input_ids, model_kwargs
 
-    def _expand_features(self, input_ids, model_kwargs, modality, output, expand_size):
-        placeholder = getattr(self.config, f"{modality}_token_id")
-        ids = input_ids if input_ids is not None and input_ids.shape[1] else None
-        if ids is None:
+    def _expand_features(self, input_ids, modality: str, output, expand_size: int) -> BaseModelOutputWithPooling:
+        """The features of each sequence, repeated once per beam."""
+        if input_ids is None or input_ids.shape[1] == 0:
             raise ValueError(
                 "Beams over images or videos need `input_ids`; `inputs_embeds` alone do not show where they are."
             )
-        tokens = self.model.check_features(ids == placeholder, modality, output)
-        per_sequence = tokens.split((ids == placeholder).sum(dim=1).tolist())
+        places = input_ids == getattr(self.config, f"{modality}_token_id")
+        tokens = self.model.check_features(places, modality, output)
+        per_sequence = tokens.split(places.sum(dim=1).tolist())
         repeated = [part for part in per_sequence for _ in range(expand_size)]
         return BaseModelOutputWithPooling(pooler_output=tuple(repeated))
 
