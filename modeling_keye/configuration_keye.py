@@ -5,18 +5,25 @@ attention, lightning indexer, sigmoid-routed experts). Every published Keye chec
 switches; `KeyeConfig.from_preset` names them.
 """
 
-from typing import ClassVar
+import json
+import os
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from .layouts_keye import detect_layout, our_config
 from .presets_keye import PRESETS
 
 # The library renamed the layer type that selects a cache with indexer keys after 5.17.
 _INDEXED_NAMES = ("indexed_attention", "deepseek_sparse_attention")
 INDEXED_LAYER_TYPE = next(name for name in _INDEXED_NAMES if name in ALLOWED_LAYER_TYPES)
+
+# The format's own limit for the header of a safetensors file.
+_MAX_HEADER_BYTES = 100_000_000
 
 AUTO_MAP = {
     "AutoConfig": "configuration_keye.KeyeConfig",
@@ -37,8 +44,55 @@ def _positive(name: str, value: int | None, least: int = 1) -> None:
         raise ValueError(f"`{name}` is {value}; it must be at least {least}.")
 
 
+class TranslatesPublished:
+    """Reads the `config.json` of a published checkpoint (`layouts_keye.LAYOUTS`) as if it were ours."""
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
+        """As `PreTrainedConfig.get_config_dict`, in our words.
+
+        Raises `ValueError` when the file describes a model that is neither ours nor published Keye nor DeepSeek.
+        """
+        raw, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not raw or detect_layout(raw) is None:
+            return raw, unused
+        ours = our_config(raw)
+        if ours["text_config"]["indexer_type"] == "keye_vl_2":
+            names = _stored_names(pretrained_model_name_or_path, **kwargs)
+            if names is not None and not any(".sa_indexer." in name for name in names):
+                # The runtime of Keye-VL-2.0 takes such weights too, and attends densely.
+                ours["text_config"]["indexer_type"] = None
+        if "_commit_hash" in raw:
+            ours["_commit_hash"] = raw["_commit_hash"]
+        return ours, unused
+
+
+def _stored_names(folder_or_repo: str | os.PathLike, **kwargs) -> list[str] | None:
+    """Names of the tensors stored beside a `config.json`, None without weights: from their index or their header.
+
+    From the Hub these files come into the cache, where the loading of the weights finds them.
+    """
+    if os.path.isfile(folder_or_repo):
+        folder_or_repo = os.path.dirname(folder_or_repo) or "."
+    hub = ("cache_dir", "proxies", "token", "local_files_only", "revision", "subfolder")
+    options: dict[str, Any] = {name: kwargs[name] for name in hub if kwargs.get(name) is not None}
+    options.update(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    index = cached_file(folder_or_repo, SAFE_WEIGHTS_INDEX_NAME, **options)
+    try:
+        if index is not None:
+            with open(index, encoding="utf-8") as file:
+                return list(json.load(file)["weight_map"])
+        weights = cached_file(folder_or_repo, SAFE_WEIGHTS_NAME, **options)
+        if weights is None:
+            return None
+        with open(weights, "rb") as file:
+            return list(json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _MAX_HEADER_BYTES))))
+    except (ValueError, KeyError, TypeError):
+        return None  # Damaged weights are reported by what loads them.
+
+
 @strict
-class KeyeVisionConfig(PreTrainedConfig):
+class KeyeVisionConfig(TranslatesPublished, PreTrainedConfig):
     r"""
     Configuration of the vision tower (a SigLIP encoder with 2-D rotary embeddings) and of the projector.
 
@@ -98,12 +152,14 @@ class KeyeVisionConfig(PreTrainedConfig):
                 f"`hidden_size` {self.hidden_size} with `num_attention_heads` {self.num_attention_heads} gives no head "
                 "size that is a multiple of 4, which the 2-D rotary embedding needs (half for rows, half for columns)."
             )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` is {self.hidden_act!r}, which the library does not know.")
         if self.image_size < self.patch_size:
             raise ValueError(f"`image_size` {self.image_size} is smaller than `patch_size` {self.patch_size}.")
 
 
 @strict
-class KeyeTextConfig(PreTrainedConfig):
+class KeyeTextConfig(TranslatesPublished, PreTrainedConfig):
     r"""
     Configuration of the decoder. Fields that `DeepseekV32Config` has keep their name and meaning.
 
@@ -354,7 +410,7 @@ class KeyeTextConfig(PreTrainedConfig):
 
 
 @strict
-class KeyeConfig(PreTrainedConfig):
+class KeyeConfig(TranslatesPublished, PreTrainedConfig):
     r"""
     Configuration of `KeyeModel` and `KeyeForVideoQA`.
 
@@ -412,6 +468,38 @@ class KeyeConfig(PreTrainedConfig):
             part = settings.get(key)
             settings[key] = {**part, **value} if isinstance(part, dict) and isinstance(value, dict) else value
         return cls(**settings)
+
+    def with_indexer(
+        self, index_n_heads: int | None = None, index_head_dim: int | None = None, index_topk: int | None = None
+    ) -> "KeyeConfig":
+        """A copy whose decoder has a lightning indexer in every layer, for a checkpoint trained without one.
+
+        Loading the checkpoint with it leaves the indexer's weights at their initial values: normal with
+        `initializer_range`, norms at one and zero. An untrained indexer must not choose, so `index_topk` defaults to
+        `max_position_embeddings`: everything is kept, attention stays dense and answers stay the same up to that
+        length. Train the indexer, then lower `index_topk`.
+
+        Args:
+            index_n_heads, index_head_dim: defaults are those of Keye-VL-2.0 (16 x 64) for grouped-query attention and
+                of DeepSeek-V3.2 (64 x 128) for latent attention.
+
+        Raises `ValueError` when there is an indexer already.
+        """
+        text = self.text_config.to_dict()
+        if text["indexer_type"] is not None:
+            raise ValueError(
+                f"This configuration has the indexer {text['indexer_type']!r} already; change its fields instead."
+            )
+        latent = text["attention_type"] == "mla"
+        heads, size = (64, 128) if latent else (16, 64)
+        text.update(
+            indexer_type="deepseek_v32" if latent else "keye_vl_2",
+            index_n_heads=index_n_heads or heads,
+            index_head_dim=index_head_dim or size,
+            index_topk=index_topk or text["max_position_embeddings"],
+            layer_types=None,
+        )
+        return type(self).from_dict({**self.to_dict(), "text_config": text})
 
 
 __all__ = ["KeyeConfig", "KeyeTextConfig", "KeyeVisionConfig"]

@@ -12,6 +12,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 class KeyeGenerationMixin(GenerationMixin):
     """`GenerationMixin` for a model whose `self.model` is a `KeyeModel`."""
 
+    def adjust_generation_fn(self, *args, **kwargs):
+        super().adjust_generation_fn(*args, **kwargs)
+        self.suppress_placeholders()
+
+    def suppress_placeholders(self) -> None:
+        """Keep `generate` from writing a placeholder, which would stand for pixels that nobody gave.
+
+        A published `generation_config.json` says nothing about them; a list that the user gave stays as it is.
+        """
+        if self.generation_config.suppress_tokens is None:
+            self.generation_config.suppress_tokens = [self.config.image_token_id, self.config.video_token_id]
+
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """[B, S], or [4, B, S] (text row, then time, height, width) for three-axis models."""
         text = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)

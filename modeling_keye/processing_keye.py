@@ -1,6 +1,7 @@
 """Text, images and videos to model inputs: placeholder expansion, chat template, checks. No torchvision."""
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .frame_budget_keye import FAST
 from .image_processing_keye import KeyeImageProcessor, KeyeImagesKwargs, flatten_images
+from .layouts_keye import Layout, our_config
+from .published_processor_keye import (
+    HUB_OPTIONS,
+    load_tokenizer,
+    published_source,
+    read_chat_templates,
+    read_image_settings,
+)
 from .video_processing_keye import KeyeVideoMetadata, KeyeVideoProcessor, KeyeVideosKwargs, flatten_videos
 
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -104,6 +113,43 @@ class KeyeProcessor(ProcessorMixin):
         self.image_token_id = vocabulary[IMAGE_PAD]
         self.video_token_id = vocabulary[VIDEO_PAD]
         super().__init__(tokenizer, image_processor, video_processor, chat_template=chat_template or KEYE_CHAT_TEMPLATE)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "KeyeProcessor":
+        """As `ProcessorMixin.from_pretrained`; the files of a published Keye checkpoint are understood too.
+
+        Settings of the image and video processor go to these, `chat_template` to the processor, others to the
+        tokenizer. `trust_remote_code` has no effect on published checkpoints: their code is never run.
+
+        Raises `ValueError` when tokenizer and `config.json` disagree or lack the tokens that stand for media.
+        """
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+        source = published_source(pretrained_model_name_or_path, hub)
+        if source is None:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        layout, raw, hub = source
+        settings = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS and name[0] != "_"}
+        for name in ("trust_remote_code", "code_revision", "use_fast"):
+            settings.pop(name, None)
+        template = settings.pop("chat_template", None)
+        for_images = read_image_settings(pretrained_model_name_or_path, raw, hub)
+        for_videos = {name: value for name, value in for_images.items() if name not in _FOR_STILLS}
+        for_images.update({name: settings[name] for name in KeyeImagesKwargs.__annotations__ if name in settings})
+        if layout.family == "keye_vl_preview" and "min_pixels" in for_images and "max_pixels" in for_images:
+            # The published processor puts the frames, sized by then, through its rule for images.
+            for_videos["resize_again"] = [for_images["min_pixels"], for_images["max_pixels"]]
+        for_videos.update({name: settings[name] for name in KeyeVideosKwargs.__annotations__ if name in settings})
+        for_tokenizer = {k: v for k, v in settings.items() if k not in for_images and k not in for_videos}
+        tokenizer = load_tokenizer(pretrained_model_name_or_path, layout, hub, for_tokenizer)
+        _check_tokens(tokenizer, layout, our_config(raw), pretrained_model_name_or_path)
+        if template is None:
+            template = _media_template(read_chat_templates(pretrained_model_name_or_path, hub), tokenizer)
+        return cls(
+            tokenizer,
+            KeyeImageProcessor(**{"family": layout.family, **for_images}),
+            KeyeVideoProcessor(**{"family": layout.family, **for_videos}),
+            chat_template=template,
+        )
 
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs) -> BatchFeature:
         images, images_by_prompt = _by_prompt(images, flatten_images)
@@ -237,6 +283,76 @@ class KeyeProcessor(ProcessorMixin):
                 f"write {VISION_START}{token}{VISION_END} once per {kind} and keep {token} out of all other text."
             )
         return found
+
+
+# Settings of a published image processor that do not hold for videos, whose frames are sized by other rules.
+_FOR_STILLS = ("min_pixels", "max_pixels", "resample", "do_resize")
+
+# Rewrites messages so that a template which only knows strings writes the placeholders of images and videos.
+_FLATTEN_CONTENT = """\
+{%- set flat = namespace(messages=[], text='') -%}
+{%- for message in messages -%}
+{%- if message['content'] is string or message['content'] is none -%}
+{%- set flat.messages = flat.messages + [message] -%}
+{%- else -%}
+{%- set flat.text = '' -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}
+{%- set flat.text = flat.text ~ '<|vision_start|><|image_pad|><|vision_end|>' -%}
+{%- elif part['type'] == 'video' -%}
+{%- set flat.text = flat.text ~ '<|vision_start|><|video_pad|><|vision_end|>' -%}
+{%- elif 'text' in part -%}
+{%- set flat.text = flat.text ~ part['text'] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set flat.messages = flat.messages + [dict(message, content=flat.text)] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+
+
+def _media_template(templates: list[str], tokenizer: Any) -> str:
+    """A chat template that writes placeholders: the checkpoint's own, else the one for the tokenizer at hand."""
+    for template in templates:
+        if VIDEO_PAD in template:
+            return template
+    # What the tokenizer brings along is made for text; a tokenizer without <|im_start|> has no other markup though.
+    if "<|im_start|>" in tokenizer.get_vocab():
+        return KEYE_CHAT_TEMPLATE
+    text_only = templates[0] if templates else tokenizer.chat_template
+    if not isinstance(text_only, str):
+        raise ValueError(
+            "this checkpoint has no chat template, and its tokenizer lacks <|im_start|>, which the template of the "
+            "other Keye models needs; pass chat_template=..."
+        )
+    return _FLATTEN_CONTENT + text_only
+
+
+def _check_tokens(tokenizer: Any, layout: Layout, config: dict, source: str | os.PathLike) -> None:
+    vocabulary = tokenizer.get_vocab()
+    tokens = {
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+        "image_token_id": IMAGE_PAD,
+        "video_token_id": VIDEO_PAD,
+    }
+    missing = [token for token in tokens.values() if token not in vocabulary]
+    if missing and not layout.has_vision:
+        raise ValueError(
+            f"{source} is a text checkpoint ({layout.name}): its tokenizer lacks {', '.join(missing)}. "
+            "`python -m conversion.compose` puts its decoder under a vision tower and adds them."
+        )
+    if missing:
+        raise ValueError(
+            f"the tokenizer of {source} lacks {', '.join(missing)}; take it from the published checkpoint."
+        )
+    for name, token in tokens.items():
+        if vocabulary[token] != config[name]:
+            raise ValueError(
+                f"config.json of {source} says `{name}` {config[name]}, but its tokenizer gives {token} the id "
+                f"{vocabulary[token]}; take both from the same checkpoint."
+            )
 
 
 class _Uncopied:

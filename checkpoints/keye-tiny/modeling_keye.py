@@ -7,6 +7,7 @@ runs through the decoder in chunks of tokens; the cache keeps one row per token 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from .attention_keye import ATTENTIONS, KeyeAttention, KeyeIndexerRotaryEmbeddin
 from .cache_keye import adopt_growing_layers
 from .configuration_keye import KeyeConfig, KeyeTextConfig, KeyeVisionConfig
 from .generation_keye import KeyeGenerationMixin
+from .loading_keye import published_state_dict
 from .positions_keye import rope_index
 from .sparse_attention_keye import ATTENTION_NAME
 from .vision_keye import KeyeProjector, KeyeVisionAttention, KeyeVisionLayer, KeyeVisionTransformer, encode_media
@@ -158,6 +160,27 @@ class KeyePreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = False
+    # Where the tensors of this model stand in the checkpoint of the whole.
+    checkpoint_part = ""
+
+    @classmethod
+    def from_pretrained(cls, *args, use_safetensors: bool | None = None, **kwargs):
+        """As the library's; accepts published Keye and DeepSeek-V3 folders too, and nothing but safetensors."""
+        if use_safetensors is False:
+            raise ValueError("`use_safetensors=False` would read pickled weights; convert them to safetensors first.")
+        return super().from_pretrained(*args, use_safetensors=True, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        # The library's own mapping is one per class, but the same name means other things in other published layouts.
+        if state_dict is None and checkpoint_files:
+            local = Path(
+                load_config.pretrained_model_name_or_path, (load_config.download_kwargs or {}).get("subfolder") or ""
+            )
+            folder = local if local.is_dir() else Path(checkpoint_files[0]).parent
+            state_dict = published_state_dict(model, folder, checkpoint_files, load_config.dtype)
+            checkpoint_files = checkpoint_files if state_dict is None else None
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -179,6 +202,7 @@ class KeyeVisionModel(KeyePreTrainedModel):
     config_class = KeyeVisionConfig
     main_input_name = "pixel_values"
     input_modalities = ("image", "video")
+    checkpoint_part = "model.visual."
     _supports_flash_attn = True
     _can_record_outputs = {"hidden_states": KeyeVisionLayer, "attentions": KeyeVisionAttention}
 
@@ -248,6 +272,7 @@ class KeyeTextModel(KeyePreTrainedModel):
     config: KeyeTextConfig
     config_class = KeyeTextConfig
     input_modalities = ("text",)
+    checkpoint_part = "model.language_model."
     _can_record_outputs = {
         "hidden_states": KeyeDecoderLayer,
         "attentions": OutputRecorder(KeyeAttention, index=1),
@@ -416,6 +441,8 @@ class KeyeTextModel(KeyePreTrainedModel):
 
 class KeyeModel(KeyePreTrainedModel):
     """Vision tower, projector and decoder: token ids and pixels in, hidden states out."""
+
+    checkpoint_part = "model."
 
     def __init__(self, config: KeyeConfig):
         super().__init__(config)

@@ -1,0 +1,333 @@
+"""Published Keye and DeepSeek-V3 checkpoints to ours, and back: `python -m conversion.convert SRC DST`.
+
+Tensors are streamed in pieces, so memory does not grow with the checkpoint. A run that is stopped at any moment is
+continued by the same command, to the same bytes. DST appears when it is complete; until then the work is in
+DST.partial. What a folder of ours must know for the way back stands in its conversion.json and, for fp8 blocks, in
+fp8_scales.safetensors; the way back is bit for bit.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from modeling_keye import KeyeConfig
+from modeling_keye.checkpoint_keye import Checkpoint
+from modeling_keye.layouts_keye import LAYOUTS, Layout, detect_layout, our_config, published_config
+from modeling_keye.weights_keye import (
+    FP8,
+    FP8_BLOCK,
+    SCALE_SUFFIX,
+    canonical_name,
+    check_scales,
+    dropped_names,
+    plan_loading,
+    plan_publishing,
+)
+
+from .compare import TensorStream, recipe_stream, stored_stream
+from .folder import (
+    config_dict,
+    data_files,
+    expected_shapes,
+    has_tokenizer,
+    kept_files,
+    load_processor,
+    meta_model,
+    our_generation_config,
+    read_json,
+    read_record,
+    resolve,
+    source_name,
+    write_our_files,
+    write_published_files,
+)
+from .fresh import fresh_stream
+from .job import Job, run_command, run_job
+from .shard_writer import make_shard, parse_size, plan_shards
+from .staging import fingerprint_files
+
+SCALES_FILE = "fp8_scales.safetensors"
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_EMBEDDING = "model.language_model.embed_tokens.weight"
+# Keys of a published config.json that may differ from conversion.json: they say nothing about the weights' meaning.
+_INCIDENTAL = {"torch_dtype", "use_cache", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id"}
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    to: str = "ours",
+    dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+    layout: str | None = None,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> dict:
+    """Make the folder `dst` out of the checkpoint `src`, or go on with it where an earlier run was stopped.
+
+    Args:
+        src: folder, or repository of the Hub.
+        to: "ours" for a published checkpoint; "published" for one of ours.
+        dtype: of the weights ("bfloat16", "float16" or "float32"); None keeps what is stored, fp8 blocks excepted,
+            which become bfloat16 and, on the way back, fp8 again.
+        layout: for "published": write this layout, with a configuration of its own, instead of what conversion.json
+            has kept.
+        dry_run: print the plan and write nothing.
+
+    Returns numbers: tensors, parameters, bytes, shards, seconds, resumed_tensors, dry_run. Raises `ValueError` (for
+    weights: `CheckpointError`) or `OSError`, before anything is written wherever that is possible.
+    """
+    for name, value, known in (("to", to, ("ours", "published")), ("dtype", dtype, (None, *_DTYPES))):
+        if value not in known:
+            raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, known))}.")
+    size = parse_size(max_shard_size)
+    folder = resolve(src)
+    if to == "ours":
+        if layout is not None:
+            raise ValueError("`layout` is for the way back; a published checkpoint says itself which layout it has.")
+        job = _plan_ours(folder, source_name(src, folder), dtype, size)
+    else:
+        job = _plan_published(folder, dtype, size, layout)
+    print("\n".join(job.describe()), file=sys.stderr)
+    return run_job(job, dst, dry_run=dry_run, progress=progress)
+
+
+def _plan_ours(folder: Path, source: dict, dtype: str | None, max_shard_size: int) -> Job:
+    raw = _raw_config(folder)
+    layout = detect_layout(raw)
+    if layout is None:
+        raise ValueError(f"{folder} is a checkpoint in our layout already; `--to published` is the way back.")
+    checkpoint = Checkpoint.open(folder)
+    config = KeyeConfig.from_pretrained(folder)
+    model = meta_model(config)
+    expected = expected_shapes(model)
+    quantisation = raw.get("quantization_config") or {}
+    block = tuple(quantisation.get("weight_block_size") or FP8_BLOCK)
+    layers = config.text_config.num_hidden_layers
+    recipes = plan_loading(
+        layout,
+        checkpoint,
+        expected,
+        num_hidden_layers=layers,
+        optional=_is_vision if not layout.has_vision else lambda name: False,
+        block=block,
+        dtype=_DTYPES.get(dtype),
+    )
+    config.dtype = recipes[_EMBEDDING].dtype
+    new = [name for name in expected if name not in recipes]
+    streams = [
+        recipe_stream(recipes[name], checkpoint) if name in recipes else fresh_stream(model, name, config.dtype)
+        for name in expected
+    ]
+    dropped = dropped_names(layout, checkpoint, layers)
+    scales = _scale_streams(layout, checkpoint, set(dropped))
+    generation = read_json(folder / "generation_config.json")
+    record = {
+        "format": 1,
+        "source": source,
+        "layout": layout.name,
+        "unfused_experts": any(name.endswith(".experts.0.gate_proj.weight") for name in checkpoint),
+        "fp8_block": list(block) if scales else None,
+        "dtype": dtype,
+        "dropped": dropped,
+        "initialised": new,
+        "published_config": raw,
+        "published_generation_config": generation,
+        "published_files": kept_files(folder),
+    }
+    # Whatever these refuse is refused now, not after hours of writing.
+    processor = load_processor(folder) if layout.has_vision else None
+    our_generation = our_generation_config(config, generation)
+
+    facts = {"source": f"{len(checkpoint)} tensors in {len(checkpoint.files)} file(s)"}
+    facts["dropped"] = _listed(dropped)
+    if new:
+        facts["newly initialised"] = f"{len(new)} tensors of vision tower and projector, which {layout.name} lacks"
+    if scales:
+        facts["fp8"] = f"blocks of {block[0]} x {block[1]} become {config.dtype}; {SCALES_FILE} keeps their scales"
+    facts["files"] = "config, generation config, remote code, conversion.json, "
+    if processor is not None:
+        facts["files"] += "tokenizer and processor"
+    elif has_tokenizer(folder):
+        facts["files"] += "tokenizer; a text checkpoint has no processor"
+    else:
+        facts["files"] += "but no processor, because SRC holds no tokenizer"
+    return Job(
+        title=f"{folder}: {layout.name} -> ours",
+        shards=plan_shards(streams, max_shard_size),
+        side_shards=[make_shard(SCALES_FILE, scales)] if scales else [],
+        fingerprint=_fingerprint(folder, checkpoint.files, to="ours", dtype=dtype, max_shard_size=max_shard_size),
+        check=partial(check_scales, checkpoint),
+        write_files=lambda output: write_our_files(output, config, processor, our_generation, record, folder),
+        facts=facts,
+    )
+
+
+def _plan_published(folder: Path, dtype: str | None, max_shard_size: int, layout_name: str | None) -> Job:
+    raw = _raw_config(folder)
+    if (found := detect_layout(raw)) is not None:
+        raise ValueError(f"{folder} is published already, as {found.name}; `--to ours` is the other way.")
+    if layout_name is not None and layout_name not in LAYOUTS:
+        raise ValueError(f"`layout` is {layout_name!r}; it must be one of {', '.join(LAYOUTS)}.")
+    record = None if layout_name else read_record(folder)
+    if record is None and layout_name is None:
+        raise ValueError(
+            f"{folder} has no conversion.json, which would say how it was published; name the layout to write with "
+            f"--layout: {', '.join(LAYOUTS)}."
+        )
+    checkpoint = Checkpoint.open(folder)
+    config = KeyeConfig.from_pretrained(folder)
+    _check_ours(checkpoint, expected_shapes(meta_model(config)), folder)
+    kept: dict[str, str] = {}
+    unfused, block, source, scales_file = False, FP8_BLOCK, checkpoint, folder / SCALES_FILE
+    dtype_then = None
+    if record is None:
+        layout = LAYOUTS[layout_name]
+        published = published_config(config_dict(config), layout)
+        generation = read_json(folder / "generation_config.json")
+    else:
+        layout = LAYOUTS[record["layout"]]
+        published = dict(record["published_config"])
+        _refuse_changed_config(config, checkpoint, published, layout, folder)
+        generation, kept = record["published_generation_config"], record["published_files"]
+        unfused = record["unfused_experts"]
+        if record["fp8_block"] and dtype is None:
+            if not scales_file.is_file():
+                raise ValueError(
+                    f"{folder} lacks {SCALES_FILE}, without which fp8 blocks cannot be made again; give --dtype to "
+                    "write them unquantised."
+                )
+            block, source = tuple(record["fp8_block"]), checkpoint.merged(Checkpoint.open(scales_file))
+        dtype_then = record["dtype"]
+    if dtype is not None:
+        published.pop("quantization_config", None)
+    if dtype is not None or dtype_then is not None:
+        published["dtype" if "dtype" in published else "torch_dtype"] = dtype or dtype_then
+    recipes = plan_publishing(layout, source, unfused_experts=unfused, block=block, dtype=_DTYPES.get(dtype))
+    streams = [recipe_stream(recipe, source) for recipe in recipes.values()]
+
+    facts = {"source": f"{len(source)} tensors in {len(source.files)} file(s)"}
+    if record is None:
+        facts["config.json"] = f"written for {layout.name} out of ours"
+    else:
+        facts["config.json"] = "as it was published"
+        facts["left out"] = _listed(record["dropped"])
+    if any(stream.dtype == FP8 for stream in streams):
+        facts["fp8"] = f"blocks of {block[0]} x {block[1]} with the published scales"
+    facts["files"] = "tokenizer, " * has_tokenizer(folder) + ", ".join(["config.json", "generation_config.json", *kept])
+    if code := (published.get("auto_map") or {}).get("AutoModel"):
+        facts["code"] = f"config.json names {code}; its files are not ours to write, take them from the publisher"
+    return Job(
+        title=f"{folder}: ours -> {layout.name}",
+        shards=plan_shards(streams, max_shard_size),
+        fingerprint=_fingerprint(
+            folder, source.files, to="published", dtype=dtype, max_shard_size=max_shard_size, layout=layout_name
+        ),
+        check=partial(check_scales, source),
+        write_files=lambda output: write_published_files(output, folder, published, generation, kept),
+        facts=facts,
+    )
+
+
+def _raw_config(folder: Path) -> dict:
+    raw = read_json(folder / "config.json")
+    if raw is None:
+        raise ValueError(f"{folder} holds no config.json, which says what its weights are.")
+    return raw
+
+
+def _is_vision(name: str) -> bool:
+    return name.startswith(("model.visual.", "model.projector."))
+
+
+def _scale_streams(layout: Layout, checkpoint: Checkpoint, dropped: set[str]) -> list[TensorStream]:
+    names = {name: canonical_name(layout, name) for name in checkpoint if name.endswith(SCALE_SUFFIX)}
+    return [
+        stored_stream(canonical, checkpoint, checkpoint[name])
+        for name, canonical in names.items()
+        if name not in dropped
+    ]
+
+
+def _check_ours(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Raise `ValueError` unless the weights are those that config.json asks for."""
+    problems = [f"missing: {name}" for name in expected if name not in checkpoint]
+    problems += [f"unknown: {name}" for name in checkpoint if name not in expected]
+    problems += [
+        f"shape: {name} is {list(entry.shape)} instead of {list(expected[name])}"
+        for name, entry in checkpoint.items()
+        if name in expected and entry.shape != expected[name]
+    ]
+    if problems:
+        raise ValueError(f"the weights of {folder} do not fit its config.json: {_listed(problems)}.")
+
+
+def _refuse_changed_config(
+    config: KeyeConfig, checkpoint: Checkpoint, published: dict, layout: Layout, folder: Path
+) -> None:
+    """What was published may be restored only while it describes the same computation."""
+    then = published_config(config_dict(KeyeConfig(**our_config(published))), layout)
+    now = published_config(config_dict(config), layout)
+    if not any(".indexer." in name for name in checkpoint):
+        # Published configurations speak of an indexer also where the weights hold none.
+        then.pop("sa_config", None)
+    changed = [name for name in {**then, **now} if name not in _INCIDENTAL and then.get(name) != now.get(name)]
+    if changed:
+        listed = [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in changed]
+        raise ValueError(
+            f"config.json of {folder} has changed since it was converted: {_listed(listed)}. Give --layout "
+            f"{layout.name} to write a configuration for what it says now."
+        )
+
+
+def _fingerprint(folder: Path, weights: Sequence[Path], **options) -> dict[str, str]:
+    return {
+        **fingerprint_files([*data_files(folder), *weights], "source"),
+        **{f"--{name.replace('_', '-')}": str(value) for name, value in options.items()},
+    }
+
+
+def _listed(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) + more) or "nothing"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m conversion.convert",
+        description="Convert a published Keye or DeepSeek-V3 checkpoint to ours, or back. A stopped run is continued.",
+    )
+    parser.add_argument("src", metavar="SRC", help="checkpoint folder, or OWNER/NAME on the Hub")
+    parser.add_argument("dst", metavar="DST", help="folder to make; the work is done in DST.partial")
+    parser.add_argument("--to", choices=("ours", "published"), default="ours", help="default: ours")
+    parser.add_argument("--dtype", choices=tuple(_DTYPES), help="default: as stored, bfloat16 for fp8")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    parser.add_argument(
+        "--layout", choices=tuple(LAYOUTS), help="with --to published: this layout instead of what conversion.json kept"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    call: Callable[[], dict] = partial(
+        convert,
+        options.src,
+        options.dst,
+        to=options.to,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        layout=options.layout,
+        dry_run=options.dry_run,
+    )
+    return run_command(call)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
