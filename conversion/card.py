@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_keye.checkpoint_keye import Checkpoint, CheckpointError
@@ -176,7 +177,7 @@ def read_card(path: Path) -> OldCard:
         return OldCard()
     try:
         card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False)
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise CardError(f"the metadata of {path} cannot be read: {' '.join(str(error).split())}") from error
     head, *sections = _split_sections(card.text)
     found = re.match(r"\s*# +(.+)\n?", head)
@@ -275,8 +276,12 @@ def _source(record: dict | None) -> str:
     if block := record.get("fp8_block"):
         source += f", in fp8 blocks of {block[0]} x {block[1]}"
     if dropped := record.get("dropped"):
-        source += f"; {len(dropped)} tensors without use left out (`{dropped[0]}`" + (", ...)" if dropped[1:] else ")")
+        source += f"; {_count(dropped)} without use left out (`{dropped[0]}`" + (", ...)" if dropped[1:] else ")")
     return source + _initialised(record)
+
+
+def _count(tensors: Sequence[str]) -> str:
+    return f"{len(tensors):,} tensor" + ("" if len(tensors) == 1 else "s")
 
 
 def _named(source: dict) -> str:
@@ -287,11 +292,7 @@ def _named(source: dict) -> str:
 
 def _initialised(record: dict) -> str:
     new = record.get("initialised") or ()
-    return (
-        f"; {len(new)} tensors newly initialised, not trained (`{new[0]}`" + (", ...)" if new[1:] else ")")
-        if new
-        else ""
-    )
+    return f"; {_count(new)} newly initialised, not trained (`{new[0]}`" + (", ...)" if new[1:] else ")") if new else ""
 
 
 def _hub_sources(record: dict | None) -> list[str]:

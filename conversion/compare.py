@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 # Bytes of one read of a stored tensor, unless a single row is larger.
-_READ_BYTES = 32 * 2**20
+_READ_BYTES = 8 * 2**20
 # Elements compared at once: bounds the float64 copies that a difference is measured with.
 _SLICE = 2**21
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

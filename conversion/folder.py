@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from modeling_keye import KeyeConfig, KeyeForVideoQA, KeyeImageProcessor, KeyeProcessor, KeyeVideoProcessor
+from modeling_keye import KeyeConfig, KeyeForVideoQA, KeyeProcessor
 from modeling_keye.layouts_keye import LAYOUTS
 
 RECORD = "conversion.json"
@@ -149,7 +149,7 @@ def write_our_files(
         processor.save_pretrained(output)
     elif tokenizer_from is not None:
         _copy_tokenizer(tokenizer_from, output)
-    for part in (KeyeForVideoQA, KeyeProcessor, KeyeVideoProcessor, KeyeImageProcessor):
+    for part in (KeyeForVideoQA, KeyeProcessor):  # with all that they import
         custom_object_save(part, output)
     generation.save_pretrained(output)
     if record is not None:

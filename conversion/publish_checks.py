@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_relative_imports
 
@@ -256,7 +257,7 @@ def check_card(folder: Path) -> Check:
     text = path.read_text(encoding="utf-8")
     try:
         card = ModelCard(text, ignore_metadata_errors=False)
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         return Check("card", False, f"the metadata of README.md cannot be read ({' '.join(str(error).split())})")
     wrong = [f"has no {name}" for name in CARD_FIELDS if not getattr(card.data, name, None)]
     if card.data.library_name and card.data.library_name != "transformers":
@@ -293,9 +294,7 @@ def check_loading(folder: Path, stored: Checkpoint, output: Path | None = None) 
     for kind in ("missing", "unexpected", "mismatched"):
         if found[kind]:
             listed = ", ".join(found[kind][:5]) + (", ..." if len(found[kind]) > 5 else "")
-            return Check(
-                "loading", False, f"{len(found[kind])} {kind} tensors ({listed}); convert or save again"
-            ), found
+            return Check("loading", False, f"{kind} tensors: {listed}; convert or save again"), found
     return Check("loading", True, describe_probe(found)), found
 
 
@@ -340,15 +339,7 @@ def run_probe(
         (place / "request.json").write_text(json.dumps(request), encoding="utf-8")
         # Beside its own folder, the modules of `conversion` could be imported by their short names.
         script = shutil.copy(PROBE, place)
-        settings = dict(os.environ)
-        for name in (
-            "HF_HUB_CACHE",
-            "HF_MODULES_CACHE",
-            "HF_HUB_OFFLINE",
-            "TRANSFORMERS_OFFLINE",
-            "TRANSFORMERS_CACHE",
-        ):
-            settings.pop(name, None)
+        settings = {name: value for name, value in os.environ.items() if name not in HIDDEN_SETTINGS}
         settings |= {"HF_HOME": str(place), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         settings |= {"HF_HUB_OFFLINE": "1"} if offline else {}
         settings |= environment or {}

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 
 from .publish_checks import human, is_read_by_name
 
@@ -95,8 +95,8 @@ def upload(
     repo_id = _open_repository(api, repo, private, say)
     if "README.md" in files:
         # Before gigabytes are sent for a card that the Hub then refuses.
-        card = ModelCard(files["README.md"].path.read_text(encoding="utf-8"))
-        insist("checking the card", repo_id, say, card.validate)
+        text = files["README.md"].path.read_text(encoding="utf-8")
+        insist("checking the card", repo_id, say, lambda: _check_card(api, text))
     parent = _open_branch(api, repo_id, revision, say)
     remote = insist("listing files", repo_id, say, lambda: _tree(api, repo_id, parent))
     removed, kept = plan_leftovers(remote, files)
@@ -166,6 +166,16 @@ def _open_repository(api: HfApi, repo: str, private: bool, say: Callable[[str], 
         )
     say(f"{'private' if info.private else 'public'} repository {made.repo_id}, as {user}")
     return made.repo_id
+
+
+def _check_card(api: HfApi, text: str) -> None:
+    """`ModelCard.validate` of older clients asks a fixed host, whatever the endpoint is."""
+    place = f"{api.endpoint}/api/validate-yaml"
+    response = get_session().post(place, json={"repoType": "model", "content": text})
+    if response.status_code == 400:
+        errors = [error["message"] for error in response.json().get("errors", ())]
+        raise PublishError(f"the Hub refuses the metadata of README.md ({'; '.join(errors)}); correct it")
+    hf_raise_for_status(response)
 
 
 def _open_branch(api: HfApi, repo_id: str, revision: str, say: Callable[[str], None]) -> str:

@@ -51,10 +51,14 @@ class TranslatesPublished:
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
         """As `PreTrainedConfig.get_config_dict`, in our words.
 
-        Raises `ValueError` when the file describes a model that is neither ours nor published Keye nor DeepSeek.
+        Raises `OSError` without a `config.json`, `ValueError` when it describes a model that is neither ours nor
+        published Keye nor DeepSeek.
         """
         raw, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if not raw or detect_layout(raw) is None:
+        if set(raw) <= {"_commit_hash"}:
+            # The library would go on with the defaults, which are those of the largest model.
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json, or an empty one; a model needs it.")
+        if detect_layout(raw) is None:
             return raw, unused
         ours = our_config(raw)
         if ours["text_config"]["indexer_type"] == "keye_vl_2":

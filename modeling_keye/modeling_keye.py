@@ -655,9 +655,7 @@ class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         # The library picks a loss by class name, and this name matches none.
         self.loss_type = "ForConditionalGeneration"
-        # A generated placeholder would stand for pixels that nobody gave.
-        if self.generation_config.suppress_tokens is None:
-            self.generation_config.suppress_tokens = [config.image_token_id, config.video_token_id]
+        self.suppress_placeholders()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

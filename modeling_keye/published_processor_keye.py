@@ -57,7 +57,7 @@ def load_tokenizer(folder_or_repo: str | os.PathLike, layout: Layout, hub: dict,
     """The tokenizer of a published checkpoint, made by the library's own classes."""
     if "auto_map" in get_tokenizer_config(folder_or_repo, **hub):
         return PreTrainedTokenizerFast.from_pretrained(folder_or_repo, **hub, **settings)
-    # Without a configuration the library would look for the checkpoint's own code.
+    # Without a configuration the library would read the checkpoint's, and ask for its code.
     config = AutoConfig.for_model("deepseek_v3" if layout.latent_attention else "qwen3")
     return AutoTokenizer.from_pretrained(folder_or_repo, config=config, trust_remote_code=False, **hub, **settings)
 

@@ -36,7 +36,7 @@ def jit(fn=None, **options):
 
 
 def triton_usable(device: torch.device, *dtypes: torch.dtype) -> str | None:
-    """None when the kernels can run on `device` for inputs of `dtypes`, else one sentence that names what is missing."""
+    """None when the kernels can run on `device` for inputs of `dtypes`, else one sentence that says what is missing."""
     device = torch.device(device)
     problem = _missing(device) or _unsupported_dtype(dtypes)
     return None if problem is None else f'{problem}; choose the backend "torch".'
@@ -46,7 +46,9 @@ def _missing(device: torch.device) -> str | None:
     if triton is None:
         return "Triton is not installed (pip install triton)"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
-        return f"Triton {triton.__version__} is installed and {'.'.join(map(str, OLDEST_TRITON))} is the oldest that works"
+        return (
+            f"Triton {triton.__version__} is installed and {'.'.join(map(str, OLDEST_TRITON))} is the oldest that works"
+        )
     if device.type == "cpu":
         if not INTERPRETED:
             return "Triton kernels run on CUDA devices, and on the CPU only with TRITON_INTERPRET=1 set before import"
@@ -105,8 +107,8 @@ def on_device(device: torch.device) -> AbstractContextManager:
 def ordered_bits(x):
     """float32 -> uint32 that compare as the numbers do, for finite numbers.
 
-    -0 becomes +0, NaN and -inf the lowest finite number and +inf the greatest, as in the PyTorch backend. Results lie in
-    [0x00800000, 0xFF7FFFFF], so both ends of the range stay free for marks.
+    -0 becomes +0, NaN and -inf the lowest finite number and +inf the greatest, as in the PyTorch backend. Results lie
+    in [0x00800000, 0xFF7FFFFF], so that 0 stays free for a mark.
     """
     greatest: tl.constexpr = 3.4028234663852886e38
     x = tl.where(x != x, -greatest, x)

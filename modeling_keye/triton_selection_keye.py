@@ -1,20 +1,19 @@
 """Indexer selection in Triton: scores by tiles into a slab that stays in the L2 cache, then an exact top-k per row.
 
-The contract is that of `sparse_attention_keye.select_tokens`; `sparse_reference_keye.select_tokens` is the judge. Scores
-follow eq. 1 of the DeepSeek-V3.2-Exp report. A chunk of queries takes two launches:
+The contract is that of `sparse_attention_keye.select_tokens`; `sparse_reference_keye.select_tokens` is the judge.
+Scores follow eq. 1 of the DeepSeek-V3.2-Exp report. A chunk of queries takes two launches:
 
-1. `_score_kernel` multiplies tiles of keys with (queries x heads), sums the heads in registers and stores per (query, key)
-   one order-preserving uint32: 0 for a key that the query must not see, FORCED for window and anchors, else the score.
-   It also stores the peak of every GROUP neighbouring keys.
+1. `_score_kernel` multiplies tiles of keys with (queries x heads), sums the heads in registers and stores one float32
+   per (query, key), and the peak of every GROUP neighbouring keys. -inf marks what the indexer must not choose:
+   future, padding, window, anchors.
 2. `_select_kernel`, one program per query, finds the k-th largest peak. At least k scores reach it, so everything below
-   is out, and only groups that reach it are read again (for unrelated scores a quarter of the row, of which about
-   1.2 k keys survive). A radix select over the survivors gives the exact k-th score and how many of its equals fit; a
-   last pass emits slots in ascending order.
+   is out, and only groups that reach it are read again: for unrelated scores of 128K keys a quarter of the row, where
+   about 1.2 k keys survive. A radix select among the survivors gives the exact k-th score and how many of its equals
+   still fit; a last pass emits slots in ascending order. Nothing is sorted, no atomics, so repeats are bit-equal.
 
 Where a query keeps everything it sees, and without an indexer, `_enumerate_kernel` writes the slots and nothing is
-scored. The arithmetic of a score depends on the head sizes only, so chunks, batches and single tokens select alike.
-
-Sizes: B batch, S queries, T keys, Hi heads and Di head size of the indexer. Prefixes: i_ index, o_ offsets, b_ block.
+scored. The arithmetic of a score depends on head sizes and dtype only, so chunks, batches and single tokens select
+alike. B batch, S queries, T keys, K selected keys; prefixes: i_ index, o_ offsets, b_ block.
 """
 
 from __future__ import annotations
@@ -28,23 +27,25 @@ import torch
 from .sparse_reference_keye import forced_count
 from .triton_common_keye import jit, on_device, operand_dtype, ordered_bits, shared_memory, tl, triton
 
-# Scores of one chunk: 28 MiB, most of an H100's L2. With the list of survivors, as long, and the peaks and groups, an
-# eighth, the workspace is 60 MiB at any length up to this number of tokens.
+# Scores of one chunk: 28 MiB, so that they stay in an H100's L2. The list of survivors is as long, and peaks and groups
+# are an eighth: the workspace is 60 MiB at any length (as long as one row fits, 7 M keys).
 SLAB_ELEMENTS = 7 * 2**20
 GROUP = 16
 # Columns (queries x heads) of a scoring tile. With fewer, a key feeds too few products for the bandwidth of the L2.
 SCORE_COLUMNS = 128
-# Keys that one scoring program walks through: enough programs for one query of 128K keys to fill the device.
+# Keys that one scoring program walks through: at 128K keys a single query still fills the device.
 SCORE_SPAN = 1024
-SELECT_TILE = 4096
-import os
-WARPS=int(os.environ.get('WARPS',4))
-STAGES=int(os.environ.get('STAGES',2))
-ENUMERATE_TILE = 1024
-# Bits per pass of the radix select.
-DIGIT = 6
 # Rows of the slab are whole tiles of keys, so that stores need no mask: the largest `ScoreTiles.keys`.
-ROW_MULTIPLE = 128
+ROW_MULTIPLE = 64
+# Bits per pass of the radix select: a histogram costs a ballot per bit and a count per 32 bins, a pass its barriers.
+DIGIT = 6
+ENUMERATE_TILE = 1024
+# What changes from call to call must not compile a kernel anew: these numbers, and the alignment of these slices.
+_VARYING = [
+    *("num_queries", "num_blocks", "num_spans", "first_slot", "topk", "local_window", "anchor_stride", "width"),
+    *("w_stride_b", "mask_stride_b", "out_stride_b", "out_stride_s"),
+]
+_SLICES = ["weights_ptr", "mask_ptr", "start_ptr", "out_ptr"]
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,37 @@ class ScoreTiles:
     num_stages: int
 
 
-def score_tiles(heads: int, dim: int, element_size: int, shared: int) -> ScoreTiles:
-    """Blocks for `heads` x `dim` indexers of `element_size` bytes that fit `shared` bytes; no sequence length enters."""
-    padded_heads = triton.next_power_of_2(heads)
-    padded_dim = max(16, triton.next_power_of_2(dim))
-    columns = max(SCORE_COLUMNS, padded_heads) if element_size < 4 else max(32, padded_heads)
-    keys = 128 if element_size < 4 else 32
-    num_stages = STAGES
-    while num_stages > 1 and (columns + num_stages * keys) * padded_dim * element_size > 0.9 * shared:
-        num_stages -= 1
-    return ScoreTiles(columns // padded_heads, padded_heads, padded_dim, keys, WARPS, num_stages)
+def score_tiles(heads: int, dim: int, dtype: torch.dtype, shared: int) -> ScoreTiles:
+    """Blocks for an indexer of `heads` x `dim` in `shared` bytes of shared memory; no sequence length enters.
+
+    Raises `ValueError` when the queries of one block do not fit.
+    """
+    heads_block, dim_block = triton.next_power_of_2(heads), max(16, triton.next_power_of_2(dim))
+    # float32 multiplies without tensor cores and needs the registers for its operands.
+    columns, keys = (SCORE_COLUMNS, ROW_MULTIPLE) if dtype.itemsize == 2 else (32, 32)
+    columns = max(columns, heads_block)
+    num_stages = 2  # three programs share a multiprocessor: while one waits for keys or the tensor cores, others reduce
+
+    def need() -> int:
+        return (columns + num_stages * keys) * dim_block * dtype.itemsize
+
+    available = shared - 8 * 1024  # layout changes of the epilogue take up to 8 KiB
+    while need() > available and keys > GROUP:
+        keys //= 2
+    if need() > available:
+        raise ValueError(
+            f"An indexer of {heads} heads of {dim} in {dtype} does not fit the device's {shared // 1024} KiB of shared "
+            'memory; choose the backend "torch".'
+        )
+    return ScoreTiles(columns // heads_block, heads_block, dim_block, keys, num_warps=4, num_stages=num_stages)
 
 
-@jit(do_not_specialize=["num_queries", "num_blocks", "num_spans", "first_slot", "local_window", "anchor_stride"])
+def select_tile(num_keys: int) -> tuple[int, int]:
+    """(entries per tile, warps) of the row kernel: one tile holds the peaks of 32K keys, two those of 128K."""
+    return (2048, 8) if num_keys <= 2048 * GROUP else (4096, 16)
+
+
+@jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICES)
 def _score_kernel(
     q_ptr,  # [batch, S, HEADS, DIM]
     k_ptr,  # [batch, T, DIM]
@@ -221,7 +240,7 @@ def _kth_largest(scores_ptr, places_ptr, count, k, INDIRECT: tl.constexpr, TILE:
     return prefix, remaining
 
 
-@jit(do_not_specialize=["num_queries", "first_slot", "topk", "local_window", "anchor_stride", "width"])
+@jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICES)
 def _select_kernel(
     scores_ptr,  # float32 [batch * num_queries, row_stride]
     peaks_ptr,  # float32 [batch * num_queries, row_stride // GROUP]
@@ -314,7 +333,7 @@ def _select_kernel(
         tl.store(out_ptr + o_rest, -1, mask=o_rest < width)
 
 
-@jit(do_not_specialize=["num_queries", "first_slot", "local_window", "anchor_stride", "width"])
+@jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICES)
 def _enumerate_kernel(
     mask_ptr,  # uint8 [batch, T], 1 at real tokens
     start_ptr,  # int32 [batch]
@@ -350,7 +369,9 @@ def _enumerate_kernel(
     count = 0
     for first in range(0, num_slots, TILE):
         entries = first + tl.arange(0, TILE)
-        slots = tl.where(entries < num_anchors, start + entries * anchor_stride, oldest_in_window + entries - num_anchors)
+        slots = tl.where(
+            entries < num_anchors, start + entries * anchor_stride, oldest_in_window + entries - num_anchors
+        )
         take = entries < num_slots
         if HAS_MASK:
             take = tl.load(mask_ptr + i_batch * mask_stride_b + slots, mask=take, other=0) != 0
@@ -370,27 +391,28 @@ def _kept_whole(num_keys: int, topk: int, local_window: int | None, anchor_strid
     return low
 
 
-def _chunks(batch: int, first_query: int, num_queries: int, offset: int, block: int) -> Iterator[tuple[int, ...]]:
+def _row_stride(num_keys: int) -> int:
+    return -(-num_keys // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def _chunks(batch: int, first_query: int, num_queries: int, offset: int) -> Iterator[tuple[int, ...]]:
     """(first sequence, sequences, first query, queries) whose rows fit the slab; early queries have short rows."""
+    count_all = num_queries - first_query
     row = _row_stride(offset + num_queries)
-    together = SLAB_ELEMENTS // ((num_queries - first_query) * row)
+    together = SLAB_ELEMENTS // (count_all * row)
     if together:
         for b in range(0, batch, together):
-            yield b, min(together, batch - b), first_query, num_queries - first_query
+            yield b, min(together, batch - b), first_query, count_all
         return
     for b in range(batch):
         begin = first_query
         while begin < num_queries:
             shortest = _row_stride(offset + begin) + ROW_MULTIPLE
-            # Rows grow by one element per query: the largest n with n * (shortest + n) <= SLAB_ELEMENTS.
+            # Each query lengthens the rows by one: the largest n with n * (shortest + n) <= SLAB_ELEMENTS.
             count = int((math.sqrt(shortest**2 + 4 * SLAB_ELEMENTS) - shortest) / 2)
-            count = min(max(1, count // block * block), num_queries - begin)
+            count = min(max(1, count), num_queries - begin)
             yield b, 1, begin, count
             begin += count
-
-
-def _row_stride(num_keys: int) -> int:
-    return -(-num_keys // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 @torch.no_grad()
@@ -409,7 +431,7 @@ def select_tokens(
     width: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """See `sparse_attention_keye.select_tokens`. Workspace at most 60 MiB up to 7 M keys; never waits for the device."""
+    """See `sparse_attention_keye.select_tokens`. Never waits for the device; workspace as `SLAB_ELEMENTS` says."""
     out = torch.empty(batch_size, num_queries, width, dtype=torch.int32, device=device)
     if out.numel() == 0:
         return out
@@ -466,25 +488,28 @@ def _select(out, q, k, weights, mask, start, topk, local_window, anchor_stride, 
     dtype = torch.promote_types(q.dtype, k.dtype)
     dtype = torch.float32 if dtype == torch.float64 else dtype  # scores are float32 in every backend
     q, k = q.to(dtype), k.to(dtype)
-    tiles = score_tiles(heads, dim, q.element_size(), shared_memory(q.device))
-    chunks = list(_chunks(batch, first_query, num_queries, query_offset, tiles.queries))
+    tiles = score_tiles(heads, dim, dtype, shared_memory(q.device))
+    tile, num_warps = select_tile(query_offset + num_queries)
+    chunks = list(_chunks(batch, first_query, num_queries, query_offset))
     size = max(sequences * count * _row_stride(query_offset + begin + count) for _, sequences, begin, count in chunks)
     scores = torch.empty(size, dtype=torch.float32, device=q.device)
     peaks = torch.empty(size // GROUP, dtype=torch.float32, device=q.device)
     places = torch.empty(size, dtype=torch.int32, device=q.device)
     groups = torch.empty(size // GROUP, dtype=torch.int32, device=q.device)
+    window, stride = -1 if local_window is None else local_window, anchor_stride or 1
+    mask_stride = 0 if mask is None else mask.stride(0)
+    switches = {"HAS_MASK": mask is not None, "HAS_ANCHORS": anchor_stride is not None}
     for b, sequences, begin, count in chunks:
-        rows, queries = slice(b, b + sequences), slice(begin, begin + count)
+        part = slice(b, b + sequences), slice(begin, begin + count)
+        chunk_mask, chunk_start = (None, None) if mask is None else (mask[part[0]], start[part[0]])
         first_slot = query_offset + begin
         row_stride = _row_stride(first_slot + count)
-        chunk_q, chunk_k, chunk_w, chunk_out = q[rows, queries], k[rows], weights[rows, queries], out[rows, queries]
-        chunk_mask, chunk_start = (None, None) if mask is None else (mask[rows], start[rows])
         num_blocks = triton.cdiv(count, tiles.queries)
         num_spans = triton.cdiv(first_slot + count, SCORE_SPAN)
         _score_kernel[(num_blocks * num_spans * sequences,)](
-            chunk_q,
-            chunk_k,
-            chunk_w,
+            q[part],
+            k[part[0]],
+            weights[part],
             chunk_mask,
             chunk_start,
             scores,
@@ -493,12 +518,12 @@ def _select(out, q, k, weights, mask, start, topk, local_window, anchor_stride, 
             num_blocks,
             num_spans,
             first_slot,
-            -1 if local_window is None else local_window,
-            anchor_stride or 1,
-            *chunk_q.stride(),
-            *chunk_k.stride(),
-            *chunk_w.stride(),
-            0 if mask is None else mask.stride(0),
+            window,
+            stride,
+            *q.stride(),
+            *k.stride(),
+            *weights.stride(),
+            mask_stride,
             row_stride,
             HEADS=heads,
             DIM=dim,
@@ -508,9 +533,8 @@ def _select(out, q, k, weights, mask, start, topk, local_window, anchor_stride, 
             BLOCK_KEYS=tiles.keys,
             SPAN=SCORE_SPAN,
             GROUP=GROUP,
-            HAS_MASK=mask is not None,
-            HAS_ANCHORS=anchor_stride is not None,
             DOT=operand_dtype(dtype),
+            **switches,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )
@@ -521,20 +545,20 @@ def _select(out, q, k, weights, mask, start, topk, local_window, anchor_stride, 
             places,
             chunk_mask,
             chunk_start,
-            chunk_out,
+            out[part],
             count,
             first_slot,
             topk,
-            -1 if local_window is None else local_window,
-            anchor_stride or 1,
+            window,
+            stride,
             width,
-            0 if mask is None else mask.stride(0),
+            mask_stride,
             row_stride,
-            *chunk_out.stride()[:2],
+            out.stride(0),
+            out.stride(1),
             GROUP=GROUP,
-            TILE=SELECT_TILE,
+            TILE=tile,
             DIGIT=DIGIT,
-            HAS_MASK=mask is not None,
-            HAS_ANCHORS=anchor_stride is not None,
-            num_warps=16,
+            **switches,
+            num_warps=num_warps,
         )

@@ -16,7 +16,7 @@ from .checkpoint_keye import CheckpointError, StoredTensor
 from .layouts_keye import Layout
 
 # Bytes of one piece of a tensor.
-PIECE_BYTES = 32 * 2**20
+PIECE_BYTES = 8 * 2**20
 
 FP8 = torch.float8_e4m3fn
 SCALE_SUFFIX = "weight_scale_inv"

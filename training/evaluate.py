@@ -131,7 +131,9 @@ def main() -> None:
     wrong = [entry for entry in results if not is_right(entry[2], entry[1].answer)]
     for clip, question, answer in wrong[: arguments.show_errors]:
         print(f"{len(clip.things)} frames: {question.text} expected {question.answer!r}, got {answer!r}")
-    print(json.dumps({**scores, "seed": arguments.seed, "seconds": round(time.perf_counter() - started, 1)}))
+    seconds = round(time.perf_counter() - started, 1)
+    command = " ".join(["python -m training.evaluate", *sys.argv[1:]])
+    print(json.dumps({**scores, "seed": arguments.seed, "seconds": seconds, "command": command}))
 
 
 if __name__ == "__main__":

@@ -100,6 +100,11 @@ class Checkpoint(Mapping[str, StoredTensor]):
             return cls(_read_header(folder), [folder], folder.parent)
         if not folder.is_dir():
             raise CheckpointError(f"{folder} does not exist; expected a checkpoint folder or a .safetensors file")
+        if os.path.lexists(folder / INDEX_NAME) and os.path.lexists(folder / WEIGHTS_NAME):
+            raise CheckpointError(
+                f"{folder} holds both {INDEX_NAME} and {WEIGHTS_NAME}, and programs differ in which they read; "
+                "remove the one that does not belong to this checkpoint"
+            )
         if os.path.lexists(folder / INDEX_NAME):
             return cls._open_sharded(folder)
         if os.path.lexists(folder / WEIGHTS_NAME):

@@ -51,10 +51,14 @@ class TranslatesPublished:
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
         """As `PreTrainedConfig.get_config_dict`, in our words.
 
-        Raises `ValueError` when the file describes a model that is neither ours nor published Keye nor DeepSeek.
+        Raises `OSError` without a `config.json`, `ValueError` when it describes a model that is neither ours nor
+        published Keye nor DeepSeek.
         """
         raw, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if not raw or detect_layout(raw) is None:
+        if set(raw) <= {"_commit_hash"}:
+            # The library would go on with the defaults, which are those of the largest model.
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json, or an empty one; a model needs it.")
+        if detect_layout(raw) is None:
             return raw, unused
         ours = our_config(raw)
         if ours["text_config"]["indexer_type"] == "keye_vl_2":
@@ -68,12 +72,15 @@ class TranslatesPublished:
 
 
 def _stored_names(folder_or_repo: str | os.PathLike, **kwargs) -> list[str] | None:
-    """Names of the tensors stored beside a `config.json`, None without weights; read from the index or the header."""
+    """Names of the tensors stored beside a `config.json`, None without weights: from their index or their header.
+
+    From the Hub these files come into the cache, where the loading of the weights finds them.
+    """
     if os.path.isfile(folder_or_repo):
         folder_or_repo = os.path.dirname(folder_or_repo) or "."
-    hub = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
+    hub = ("cache_dir", "proxies", "token", "local_files_only", "revision", "subfolder")
     options: dict[str, Any] = {name: kwargs[name] for name in hub if kwargs.get(name) is not None}
-    options["_raise_exceptions_for_missing_entries"] = False
+    options.update(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
     index = cached_file(folder_or_repo, SAFE_WEIGHTS_INDEX_NAME, **options)
     try:
         if index is not None:
@@ -84,7 +91,7 @@ def _stored_names(folder_or_repo: str | os.PathLike, **kwargs) -> list[str] | No
             return None
         with open(weights, "rb") as file:
             return list(json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _MAX_HEADER_BYTES))))
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return None  # Damaged weights are reported by what loads them.
 
 

@@ -39,10 +39,41 @@ _VISION_FALLBACKS = {
     "initializer_range": 0.02,
 }
 _TEXT_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+# What the published classes take where the text keys are silent; every size must be said.
+_TEXT_FALLBACKS = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 _LATENT_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _GROUPED_EXPERTS = ("n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob")
 # The published code takes these, not the shipped 16 x 64, where `sa_config` is silent.
 _INDEXER_KEYS = {"indexer_num_heads": 4, "indexer_head_dim": 128, "topk": 2048}
+# In a nested file these may stand at the top and in `text_config`, and must agree.
+_DECODER_KEYS = (
+    *_TEXT_SIZES,
+    *_LATENT_SIZES,
+    "q_lora_rank",
+    "intermediate_size",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "hidden_act",
+    "sa_config",
+    "index_topk",
+    "index_n_heads",
+    "index_head_dim",
+    "num_experts",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    *_GROUPED_EXPERTS,
+)
 # Settings per rotary type that the decoder can compute.
 _ROPE_KEYS = {
     "default": (),
@@ -228,8 +259,8 @@ def published_config(config: dict, layout: Layout) -> dict:
     raw = {name: text[name] for name in (*_TEXT_SIZES, *_TEXT_FALLBACKS, "intermediate_size", "rms_norm_eps")}
     raw["attention_dropout"] = 0.0
     raw["tie_word_embeddings"] = False
-    raw.update(_published_rope(text["rope_parameters"], layout))
-    raw.update(_published_latent(text, layout) if layout.latent_attention else _published_grouped(text, layout))
+    raw.update(_published_rope(text["rope_parameters"]))
+    raw.update(_published_latent(text) if layout.latent_attention else _published_grouped(text))
     sparse = "sparse" in text["mlp_layer_types"]
     architecture = layout.architectures[0]
     if layout.name == "keye_vl_2" and not sparse:
@@ -245,17 +276,6 @@ def published_config(config: dict, layout: Layout) -> dict:
     if config.get("dtype") is not None:
         raw["torch_dtype"] = config["dtype"]
     return raw
-
-
-_TEXT_FALLBACKS = {
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "use_cache": True,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 
 
 class _Keys:
@@ -298,32 +318,10 @@ def _flat(raw: dict) -> dict:
                 f"config.json says `{name}` {raw[name]!r} at the top and {nested[name]!r} in `text_config`; keep the "
                 "one that the weights were trained with."
             )
+    rope = {name: raw[name] for name in ("rope_theta", "rope_scaling", "rope_parameters") if raw.get(name) is not None}
+    if rope and _rope(_Keys({**flat, **rope})) != _rope(_Keys(flat)):
+        raise ValueError(f"config.json says {rope} at the top and something else in `text_config`; keep what is right.")
     return flat
-
-
-_DECODER_KEYS = (
-    *_TEXT_SIZES,
-    *_LATENT_SIZES,
-    "q_lora_rank",
-    "intermediate_size",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "hidden_act",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "sa_config",
-    "index_topk",
-    "index_n_heads",
-    "index_head_dim",
-    "num_experts",
-    "n_routed_experts",
-    "n_shared_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    *_GROUPED_EXPERTS,
-)
 
 
 def _vision(raw: dict, layout: Layout) -> dict:
@@ -541,7 +539,7 @@ def _rope_settings(keys: _Keys, where: str) -> dict:
     return settings
 
 
-def _published_rope(rope: dict, layout: Layout) -> dict:
+def _published_rope(rope: dict) -> dict:
     scaling = {name: value for name, value in rope.items() if name not in ("rope_type", "rope_theta")}
     kind = rope["rope_type"]
     if kind == "default":
@@ -552,7 +550,7 @@ def _published_rope(rope: dict, layout: Layout) -> dict:
     }
 
 
-def _published_grouped(text: dict, layout: Layout) -> dict:
+def _published_grouped(text: dict) -> dict:
     raw = {
         "num_key_value_heads": text["num_key_value_heads"],
         "head_dim": text["head_dim"],
@@ -578,7 +576,7 @@ def _published_grouped(text: dict, layout: Layout) -> dict:
     return raw
 
 
-def _published_latent(text: dict, layout: Layout) -> dict:
+def _published_latent(text: dict) -> dict:
     dense, step = _dense_rule(text["mlp_layer_types"])
     names = (*_LATENT_SIZES, *_GROUPED_EXPERTS, "n_routed_experts", "n_shared_experts", "num_experts_per_tok")
     raw = {name: text[name] for name in (*names, "moe_intermediate_size", "num_key_value_heads", "rope_interleave")}
@@ -640,8 +638,12 @@ def _refuse_unsayable(config: dict, layout: Layout) -> None:
                 f"`{name}` is {part.get(name)!r}, but a {layout.name} checkpoint can only say "
                 f"{' or '.join(repr(value) for value in allowed)}; choose another layout or keep ours."
             )
-    if len(set(text["layer_types"])) > 1:
-        raise ValueError(f"`layer_types` mixes {sorted(set(text['layer_types']))}; a {layout.name} checkpoint cannot.")
+    kinds = set(text["layer_types"])
+    if len(kinds) > 1 or ("full_attention" in kinds) != (text["indexer_type"] is None):
+        raise ValueError(
+            f"`layer_types` holds {sorted(kinds)} beside `indexer_type` {text['indexer_type']!r}; in a {layout.name} "
+            "checkpoint every layer selects as soon as there is an indexer."
+        )
     sections = (text["rope_parameters"] or {}).get("mrope_section")
     if latent == (sections is not None):
         expected = "no `mrope_section`" if latent else "an `mrope_section`"

@@ -57,15 +57,15 @@ def load_tokenizer(folder_or_repo: str | os.PathLike, layout: Layout, hub: dict,
     """The tokenizer of a published checkpoint, made by the library's own classes."""
     if "auto_map" in get_tokenizer_config(folder_or_repo, **hub):
         return PreTrainedTokenizerFast.from_pretrained(folder_or_repo, **hub, **settings)
-    # Without a configuration the library would look for the checkpoint's own code.
+    # Without a configuration the library would read the checkpoint's, and ask for its code.
     config = AutoConfig.for_model("deepseek_v3" if layout.latent_attention else "qwen3")
     return AutoTokenizer.from_pretrained(folder_or_repo, config=config, trust_remote_code=False, **hub, **settings)
 
 
 def read_chat_templates(folder_or_repo: str | os.PathLike, hub: dict) -> list[str]:
     """The templates of the processor's own files; the older name comes first, the other may be the tokenizer's."""
-    found = _read_json(folder_or_repo, "chat_template.json", hub)
-    templates = [] if found is None else [found["chat_template"]]
+    found = (_read_json(folder_or_repo, "chat_template.json", hub) or {}).get("chat_template")
+    templates = [found] if isinstance(found, str) else []
     path = _file(folder_or_repo, "chat_template.jinja", hub)
     if path is not None:
         with open(path, encoding="utf-8") as file:

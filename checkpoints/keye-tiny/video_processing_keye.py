@@ -43,8 +43,8 @@ class KeyeVideosKwargs(VideosKwargs, total=False):
     num_frames (`int`): look at so many frames, evenly spread, instead of a rate.
     min_frames, max_frames (`int`): limits for the number of frames when sampling by rate.
     min_pixels, max_pixels (`int`): limits for the area of one frame.
-    resize_again (`list[int]`): [min_pixels, max_pixels] under which a frame that has its size is sized once more, by
-        the rule for images: what the published processor of Keye-VL-8B-Preview does.
+    resize_again (`list[int]`): [min_pixels, max_pixels] by which a frame that has its size is sized once more: what
+        the published processor of Keye-VL-8B-Preview does.
     max_video_tokens (`int`): tokens that a video ("keye_vl_2": all videos of a prompt together) aims to stay within.
     slow_fast (`bool`): give frames that resemble the one before fewer tokens.
     min_frame_similarity (`float`): from this similarity on a frame is a fast one.
@@ -146,7 +146,7 @@ class KeyeVideoProcessor(BaseVideoProcessor):
         options = self._options(overrides)
         budget = self._budget(options)
         size = frame_sizes(budget, height, width, budget.total_tokens, num_frames, factor=_factor(options))[0]
-        return _resized_again(size, budget, options)
+        return _resized_again(size, options)
 
     def get_num_of_video_patches(
         self, num_frames: int, height: int, width: int, videos_kwargs: dict | None = None
@@ -322,10 +322,9 @@ class KeyeVideoProcessor(BaseVideoProcessor):
         height, width = metadata.height, metadata.width
         if options["do_resize"]:
             fast = metadata.frame_types.count(FAST)
-            budget = self._budget(options)
             slow = len(metadata.frame_types) - fast
-            sizes = frame_sizes(budget, height, width, total_tokens, slow, fast, factor)
-            sizes = [_resized_again(size, budget, options) for size in sizes]
+            sizes = frame_sizes(self._budget(options), height, width, total_tokens, slow, fast, factor)
+            sizes = [_resized_again(size, options) for size in sizes]
         elif height % factor or width % factor:
             raise ValueError(
                 f"do_resize=False needs frames whose sides are multiples of {factor}, got {height} x {width}; resize "
@@ -455,9 +454,9 @@ def _tokens(pixels: int | None, token_pixels: int) -> int | None:
     return None if pixels is None else max(1, pixels // token_pixels)
 
 
-def _resized_again(size: tuple[int, int], budget: FrameBudget, options: dict) -> tuple[int, int]:
+def _resized_again(size: tuple[int, int], options: dict) -> tuple[int, int]:
     limits = options["resize_again"]
-    return size if limits is None else smart_resize(*size, *limits, _factor(options), budget.image_rule)
+    return size if limits is None else smart_resize(*size, *limits, _factor(options))
 
 
 def _sampled_fps(metadata: KeyeVideoMetadata, default: float) -> float:

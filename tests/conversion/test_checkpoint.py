@@ -157,12 +157,6 @@ def test_sharded(tmp_path):
         assert_same(checkpoint.read(name), tensor)
 
 
-def test_index_wins_over_a_single_file(tmp_path):
-    write_sharded(tmp_path)
-    save_file({"other": torch.ones(1)}, tmp_path / "model.safetensors")
-    assert set(Checkpoint.open(tmp_path)) == {"a", "b", "c"}
-
-
 def test_order_is_that_of_the_disk(tmp_path):
     second = {"q": {"dtype": "U8", "shape": [2], "data_offsets": [2, 4]}}
     second["r"] = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}

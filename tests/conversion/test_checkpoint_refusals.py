@@ -45,15 +45,19 @@ def test_shards_without_index_are_refused(tmp_path):
     assert_refused(tmp_path, f"neither .* only '{SHARDS[0]}'; download model.safetensors.index.json")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
-def test_broken_link_is_refused(tmp_path, name):
-    """An index that cannot be read is not passed over in favour of a file that happens to be there."""
-    save_file(three_tensors(), tmp_path / "model.safetensors")
-    (tmp_path / name).unlink(missing_ok=True)
+@pytest.mark.parametrize(
+    "name, problem",
+    [("model.safetensors", "model.safetensors does not exist"), ("model.safetensors.index.json", "cannot read .*json")],
+)
+def test_broken_link_is_refused(tmp_path, name, problem):
     (tmp_path / name).symlink_to(tmp_path / "gone")
-    assert_refused(
-        tmp_path, "model.safetensors does not exist" if name == "model.safetensors" else "cannot read .*json"
-    )
+    assert_refused(tmp_path, problem)
+
+
+def test_index_beside_a_single_file_is_refused(tmp_path):
+    write_sharded(tmp_path)
+    save_file(three_tensors(), tmp_path / "model.safetensors")
+    assert_refused(tmp_path, "holds both model.safetensors.index.json and model.safetensors")
 
 
 def test_missing_shard_is_refused(tmp_path):

@@ -25,7 +25,7 @@ from tests.conversion.published import write_published
 
 KILLS = 20
 # The calls at the end of a run: the last file, the journal's last line, the rename, and tidying up.
-LAST = 14
+LAST = 8
 OPTIONS = {"max_shard_size": "400KB", "progress": False}
 
 
@@ -34,20 +34,19 @@ def run_and_die(source: str, dst: str, log: str, moment: int, halfway: bool) -> 
     import torch
 
     torch.set_num_threads(1)
-    calls = 0
+    calls: list[str] = []
     real_write, real_open = os.write, builtins.open
     events = real_open(log, "a", buffering=1)
 
     def at_each_call(real: Callable, name: str) -> Callable:
         def call(*arguments, **options):
-            nonlocal calls
-            if calls == moment:
+            if len(calls) == moment:
                 if name == "write" and halfway:
                     real_write(arguments[0], arguments[1][: len(arguments[1]) // 2])
                 elif halfway:
                     real(*arguments, **options)
                 os.kill(os.getpid(), signal.SIGKILL)
-            calls += 1
+            calls.append(name)
             return real(*arguments, **options)
 
         return call
@@ -108,8 +107,8 @@ def run(processes, source, tmp_path) -> Callable[..., tuple[int, list[dict]]]:
 
 
 @pytest.fixture(scope="module")
-def whole(processes, source, tmp_path_factory) -> tuple[dict[str, str], int]:
-    """The files of a conversion that nothing stopped, and how many calls it made."""
+def whole(processes, source, tmp_path_factory) -> tuple[dict[str, str], list[str]]:
+    """The files of a conversion that nothing stopped, and the calls it made."""
     folder = tmp_path_factory.mktemp("whole")
     log = folder / "log"
     process = processes.Process(target=run_and_die, args=(str(source), str(folder / "ours"), str(log), -1, False))
@@ -150,7 +149,7 @@ def assert_looks_unfinished(dst: Path, expected: dict[str, str]) -> None:
 def test_20_random_moments(run, whole, tmp_path):
     expected, calls = whole
     generator = random.Random(20)
-    moments = generator.sample(range(calls), KILLS)
+    moments = generator.sample(range(len(calls)), KILLS)
     resumed = []
     for moment in moments:
         dst = tmp_path / f"ours-{moment}"
@@ -168,42 +167,40 @@ def test_20_random_moments(run, whole, tmp_path):
     assert len(set(resumed)) > KILLS // 2
 
 
-def test_each_of_the_last_moments(run, whole, tmp_path):
-    """The index, the configuration, the proof, the rename: a folder that looks complete is complete."""
+def test_each_moment_of_the_end(run, whole, tmp_path):
+    """Opening index and configuration, the rename, tidying up: a folder that looks complete is complete."""
     expected, calls = whole
-    tensors = None
-    for moment in range(calls - LAST, calls):
-        for halfway in (False, True):
-            dst = tmp_path / f"ours-{moment}-{halfway}"
-            code, _ = run(dst, moment, halfway)
-            assert code == -signal.SIGKILL
-            assert_looks_unfinished(dst, expected)
-            last_of_all = not partial_folder(dst).exists()
-            if last_of_all or not any(partial_folder(dst).iterdir()):
-                # DST is whole and only an empty folder was left: there is nothing to go on with.
-                assert contents(dst) == expected
-                continue
-            code, after = run(dst)
-            assert code == 0 and contents(dst) == expected and not partial_folder(dst).exists(), (moment, halfway)
-            assert all_reads(after) == set()
-            tensors = after[-1]["numbers"]["tensors"]
-            assert after[-1]["numbers"]["resumed_tensors"] == tensors
-            shutil.rmtree(dst)
-    assert tensors
+    opened = [(number, False) for number, name in enumerate(calls) if name == "open"]
+    assert len(opened) > 4
+    last = [(number, halfway) for number in range(len(calls) - LAST, len(calls)) for halfway in (False, True)]
+    for moment, halfway in opened + last:
+        dst = tmp_path / f"ours-{moment}-{halfway}"
+        code, _ = run(dst, moment, halfway)
+        assert code == -signal.SIGKILL
+        assert_looks_unfinished(dst, expected)
+        if not partial_folder(dst).exists() or not any(partial_folder(dst).iterdir()):
+            # DST is whole and an empty folder was left at most: there is nothing to go on with.
+            assert contents(dst) == expected and moment >= len(calls) - 2
+            continue
+        code, after = run(dst)
+        assert code == 0 and contents(dst) == expected and not partial_folder(dst).exists(), (moment, halfway)
+        assert all_reads(after) == set()
+        assert after[-1]["numbers"]["resumed_tensors"] == after[-1]["numbers"]["tensors"]
 
 
 def test_a_run_killed_again_and_again_comes_to_an_end(run, whole, tmp_path):
     """Each run gets a little further; nothing that any of them finished is read again."""
-    expected, calls = whole
-    dst, finished, runs = tmp_path / "ours", set(), 0
+    expected, _ = whole
+    dst, finished = tmp_path / "ours", set()
     generator = random.Random(7)
-    while not dst.exists():
-        code, events = run(dst, generator.randrange(calls // 16, calls // 4), halfway=True)
-        assert code in (0, -signal.SIGKILL)
+    for _ in range(6):
+        code, events = run(dst, generator.randrange(20, 50), halfway=True)
+        assert code == -signal.SIGKILL
         assert finished & all_reads(events) == set()
+        assert finished_reads(events)
         finished |= finished_reads(events)
-        runs += 1
-    assert runs > 4
+    code, events = run(dst)
+    assert code == 0 and finished & all_reads(events) == set()
     assert contents(dst) == expected
 
 

@@ -1,7 +1,6 @@
-"""`from_pretrained` on published folders: what it accepts, what it refuses and how it says so, and what comes out."""
+"""`from_pretrained` on published folders: forms that mean the same, number types, places, saving, new parts."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,50 +8,23 @@ import torch
 from transformers import AutoModel
 from transformers.utils import logging
 
-from modeling_keye.checkpoint_keye import Checkpoint, CheckpointError
-from modeling_keye.configuration_keye import KeyeConfig, KeyeVisionConfig
+from modeling_keye.checkpoint_keye import CheckpointError
+from modeling_keye.configuration_keye import KeyeConfig
 from modeling_keye.modeling_keye import KeyeForVideoQA, KeyeModel, KeyeTextModel, KeyeVisionModel
+from tests.conversion.loading import load_published as load
+from tests.conversion.loading import logits, recorded_reads, same, state_of
 from tests.conversion.published import (
     LAYOUT_NAMES,
     VISION_LAYOUTS,
     dequantised,
     published_checkpoint,
     write_published,
-    write_weights,
 )
 from tests.model.factories import tiny_model
 
 pytestmark = pytest.mark.compat
 
-SMALL_TOWER = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT_ONLY = ("deepseek_v3", "deepseek_v32")
-LAYER = "model.layers.1"
-ATTENTION = f"{LAYER}.self_attn"
-MERGED = 144  # four patches of the tiny tower, which is 36 wide
-
-
-def load(folder: Path, **options):
-    """The model of a published folder; a text checkpoint gets a small tower in place of the full-size default."""
-    config = options.pop("config", None) or KeyeConfig.from_pretrained(folder)
-    if json.loads((folder / "config.json").read_text())["architectures"][0].startswith("Deepseek"):
-        config.vision_config = KeyeVisionConfig(**SMALL_TOWER)
-    return KeyeForVideoQA.from_pretrained(folder, config=config, **options)
-
-
-def state_of(folder: Path, **options) -> dict[str, torch.Tensor]:
-    return load(folder, **options).state_dict()
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(
-        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
-    )
-
-
-def logits(model: KeyeForVideoQA, length: int = 90) -> torch.Tensor:
-    ids = torch.randint(3, 250, (1, length), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return model.eval()(ids).logits
 
 
 @pytest.fixture
@@ -65,208 +37,7 @@ def library_messages(caplog):
 
 @pytest.fixture
 def reads(monkeypatch) -> list[str]:
-    """Names of the tensors read."""
-    names = []
-    original = Checkpoint.read
-
-    def read(self, name, *args, **kwargs):
-        names.append(name)
-        return original(self, name, *args, **kwargs)
-
-    monkeypatch.setattr(Checkpoint, "read", read)
-    return names
-
-
-@pytest.fixture
-def edited(tmp_path) -> Callable[..., Path]:
-    """A folder whose tensors went through `edit`."""
-
-    def make(layout: str, edit: Callable[[dict], object], **options) -> Path:
-        folder = write_published(tmp_path / "edited", layout, tokenizer=False, **options)
-        _, tensors = published_checkpoint(layout, **options)
-        edit(tensors)
-        write_weights(folder, {name: tensor.contiguous() for name, tensor in tensors.items()})
-        return folder
-
-    return make
-
-
-# What is refused.
-
-UNKNOWN = [
-    ("keye_vl_preview", f"{ATTENTION}.q_proj.bias"),
-    ("keye_vl_preview", "model.layers.3.input_layernorm.weight"),
-    ("keye_vl_preview", f"{LAYER}.mlp.gate.weight"),
-    ("keye_vl_preview", f"{ATTENTION}.sa_indexer.k_proj.weight"),
-    ("keye_vl_1_5", "visual.vision_model.encoder.layers.2.layer_norm1.weight"),
-    ("keye_vl_1_5", "mlp_AR.linear_3.weight"),
-    ("keye_vl_1_5", "something.else"),
-    ("keye_vl_2", f"{LAYER}.mlp.experts.gate_up_proj.weight"),
-    ("keye_vl_2", f"{LAYER}.mlp.shared_experts.up_proj.weight"),
-    ("keye_vl_2", f"{LAYER}.mlp.gate.e_score_correction_bias"),
-    ("keye_vl_2", f"{ATTENTION}.indexer.wk.weight"),
-    ("keye_vl_2", "visual.vision_model.head.probe"),
-    ("keye_vl_671b", f"{LAYER}.mlp.experts.gate_up_proj"),
-    ("keye_vl_671b", f"{ATTENTION}.indexer.wk.weight"),
-    ("keye_vl_671b", f"{ATTENTION}.o_proj.bias_scale_inv"),
-    ("keye_vl_671b", f"{ATTENTION}.lost_proj.weight_scale_inv"),
-    ("deepseek_v3", f"{ATTENTION}.indexer.wk.weight"),
-    ("deepseek_v3", "visual.vision_model.post_layernorm.weight"),
-    ("deepseek_v32", f"{ATTENTION}.sa_indexer.k_proj.weight"),
-]
-
-
-@pytest.mark.parametrize("layout, name", UNKNOWN)
-def test_unknown_tensor_is_named(layout, name, edited, reads):
-    folder = edited(layout, lambda tensors: tensors.update({name: torch.ones(3, 5)}))
-    with pytest.raises(CheckpointError) as caught:
-        load(folder)
-    assert name in str(caught.value) and "nothing was loaded" in str(caught.value)
-    assert [read for read in reads if not read.endswith("weight_scale_inv")] == []
-
-
-MISSING = [
-    ("keye_vl_preview", "lm_head.weight"),
-    ("keye_vl_preview", "mlp_AR.pre_norm.bias"),
-    ("keye_vl_1_5", "visual.vision_model.embeddings.position_embedding.weight"),
-    ("keye_vl_1_5", f"{LAYER}.mlp.up_proj.weight"),
-    ("keye_vl_2", f"{LAYER}.mlp.gate.weight"),
-    ("keye_vl_2", f"{LAYER}.mlp.experts.down_proj"),
-    ("keye_vl_2", f"{ATTENTION}.sa_indexer.k_norm.bias"),
-    ("keye_vl_671b", f"{LAYER}.mlp.gate.e_score_correction_bias"),
-    ("keye_vl_671b", f"{LAYER}.mlp.shared_experts.down_proj.weight"),
-    ("keye_vl_671b", "mlp_AR.linear_1.weight"),
-    ("deepseek_v3", f"{ATTENTION}.q_a_layernorm.weight"),
-    ("deepseek_v32", f"{ATTENTION}.indexer.weights_proj.weight"),
-]
-
-
-def words_of(name: str) -> str:
-    """The part of a published name that ours shares."""
-    return name.removeprefix("model.").removeprefix("mlp_AR.").replace("sa_indexer", "indexer")
-
-
-@pytest.mark.parametrize("layout, name", MISSING)
-def test_missing_tensor_is_named(layout, name, edited, reads):
-    folder = edited(layout, lambda tensors: tensors.pop(name))
-    with pytest.raises(CheckpointError) as caught:
-        load(folder)
-    assert "missing" in str(caught.value) and words_of(name) in str(caught.value)
-    assert reads == []
-
-
-@pytest.mark.parametrize("expert, part", [(0, "gate"), (5, "up"), (11, "down")])
-def test_missing_expert_is_named(expert, part, edited):
-    name = f"{LAYER}.mlp.experts.{expert}.{part}_proj.weight"
-    with pytest.raises(CheckpointError) as caught:
-        load(edited("keye_vl_671b", lambda tensors: tensors.pop(name)))
-    text = str(caught.value)
-    assert "layers.1.mlp.experts" in text and f"{part}_proj" in text and f"expert {expert}" in text
-
-
-def test_fewer_experts_than_the_configuration_says(edited):
-    def without_last(tensors):
-        for name in [name for name in tensors if ".mlp.experts.11." in name]:
-            del tensors[name]
-
-    with pytest.raises(CheckpointError, match=r"shape.*experts.gate_up_proj.*\[11, .*asks for \[12, "):
-        load(edited("keye_vl_671b", without_last))
-
-
-def set_tensor(name: str, *shape: int) -> Callable[[dict], None]:
-    return lambda tensors: tensors.update({name: torch.ones(shape)})
-
-
-WRONG_SHAPES = [
-    # The projector's norm of the other families.
-    ("keye_vl_preview", "mlp_AR.pre_norm.weight", (MERGED,)),
-    ("keye_vl_2", "mlp_AR.pre_norm.weight", (MERGED // 4,)),
-    ("keye_vl_1_5", "model.layers.0.self_attn.q_proj.weight", (56, 192)),
-    ("keye_vl_2", f"{LAYER}.mlp.experts.gate_up_proj", (9, 80, 56)),
-    ("keye_vl_2", f"{LAYER}.mlp.experts.down_proj", (9, 56, 40)),
-    ("keye_vl_2", f"{ATTENTION}.sa_indexer.q_proj.weight", (80, 56)),
-    ("keye_vl_671b", f"{ATTENTION}.kv_a_proj_with_mqa.weight", (132, 152)),
-    ("keye_vl_671b", f"{LAYER}.mlp.experts.3.up_proj.weight", (152, 176)),
-    ("deepseek_v3", "model.embed_tokens.weight", (271, 152)),
-]
-
-
-@pytest.mark.parametrize("layout, name, shape", WRONG_SHAPES)
-def test_wrong_shape_is_named(layout, name, shape, edited, reads):
-    folder = edited(layout, set_tensor(name, *shape))
-    for options in ({}, {"ignore_mismatched_sizes": True}):
-        with pytest.raises(CheckpointError) as caught:
-            load(folder, **options)
-        assert name in str(caught.value) or words_of(name) in str(caught.value)
-    assert reads == []
-
-
-WRONG_CONFIGURATIONS = [
-    ("keye_vl_2", {"head_dim": 10}, "q_proj"),  # hidden_size / num_attention_heads
-    ("keye_vl_2", {"moe_intermediate_size": 76}, "experts"),  # intermediate_size
-    ("keye_vl_2", {"sa_config": {"indexer_num_heads": 4}}, "indexer.q_proj"),
-    ("keye_vl_2", {"mlp_only_layers": [1]}, "layers.1.mlp"),
-    ("keye_vl_2", {"num_hidden_layers": 2}, "layers.2."),
-    ("keye_vl_671b", {"first_k_dense_replace": 0}, "layers.0.mlp"),
-    ("keye_vl_671b", {"n_shared_experts": 1}, "shared_experts"),
-    ("keye_vl_671b", {"v_head_dim": 12}, "kv_b_proj"),
-    ("keye_vl_1_5", {"vision_config": {"num_hidden_layers": 3}}, "layers.2"),
-    ("keye_vl_1_5", {"vision_config": {"image_size": 84}}, "position_embedding"),
-]
-
-
-@pytest.mark.parametrize("layout, overrides, named", WRONG_CONFIGURATIONS)
-def test_weights_that_do_not_fit_the_configuration(layout, overrides, named, tmp_path):
-    folder = write_published(tmp_path, layout, tokenizer=False)
-    config = json.loads((folder / "config.json").read_text())
-    for key, value in overrides.items():
-        config[key] = {**config[key], **value} if isinstance(value, dict) else value
-    if "head_dim" in overrides:
-        config["rope_scaling"]["mrope_section"] = [1, 2, 2]
-        config["sa_config"]["indexer_head_dim"] = 10
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError) as caught:
-        load(folder)
-    assert named in str(caught.value)
-
-
-def test_experts_in_both_forms(edited):
-    name = f"{LAYER}.mlp.experts.{{}}.{{}}_proj.weight"
-    singles = {name.format(e, part): torch.ones(40, 56) for e in range(9) for part in ("gate", "up")}
-    singles.update({name.format(e, "down"): torch.ones(56, 40) for e in range(9)})
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.gate_up_proj is stored both"):
-        load(edited("keye_vl_2", lambda tensors: tensors.update(singles)))
-
-
-def test_every_problem_is_listed_at_once(edited):
-    def edit(tensors):
-        del tensors["lm_head.weight"]
-        tensors["model.extra"] = torch.ones(2)
-        tensors["model.norm.weight"] = torch.ones(57)
-
-    with pytest.raises(CheckpointError) as caught:
-        load(edited("keye_vl_1_5", edit))
-    text = str(caught.value)
-    assert "lm_head.weight" in text and "model.extra" in text and "norm.weight" in text
-    assert "[57]" in text and "[56]" in text
-
-
-def test_another_model_is_refused(tmp_path):
-    folder = write_published(
-        tmp_path, "keye_vl_1_5", architectures=["LlavaForConditionalGeneration"], model_type="llava"
-    )
-    with pytest.raises(ValueError, match="LlavaForConditionalGeneration.*KeyeVL2MoeForConditionalGeneration"):
-        KeyeForVideoQA.from_pretrained(folder)
-
-
-def test_only_pickles(tmp_path):
-    folder = write_published(tmp_path, "keye_vl_1_5", tokenizer=False)
-    (folder / "model.safetensors").unlink()
-    torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises((OSError, ValueError), match="safetensors"):
-        load(folder)
-    with pytest.raises(ValueError, match="convert them to safetensors"):
-        load(folder, use_safetensors=False)
+    return recorded_reads(monkeypatch)
 
 
 # What may be left out, and forms that mean the same.
@@ -403,13 +174,7 @@ def test_parts_of_a_published_model(tmp_path):
         (KeyeTextModel, "model.language_model."),
         (KeyeVisionModel, "model.visual."),
     ):
-        if part is KeyeModel:
-            model = part.from_pretrained(folder)
-        else:
-            config = KeyeConfig.from_pretrained(folder)
-            model = part.from_pretrained(
-                folder, config=config.text_config if part is KeyeTextModel else config.vision_config
-            )
+        model = part.from_pretrained(folder)
         expected = {name.removeprefix(prefix): tensor for name, tensor in whole.items() if name.startswith(prefix)}
         assert same(model.state_dict(), expected)
 
@@ -504,29 +269,6 @@ def test_fp8_blocks_are_multiplied_out_exactly(layout, block, tmp_path):
     assert same(KeyeForVideoQA.from_pretrained(tmp_path / "ours").state_dict(), model.state_dict())
 
 
-def test_bad_fp8_scales_are_named(edited):
-    name = f"{ATTENTION}.o_proj.weight_scale_inv"
-
-    def poisoned(value: float):
-        def edit(tensors):
-            tensors[name][1, 0] = value
-
-        return edit
-
-    for value in (float("nan"), float("inf")):
-        with pytest.raises(CheckpointError, match=r"self_attn\.o_proj\.weight_scale_inv.*\[1, 0\]"):
-            load(edited("keye_vl_671b", poisoned(value), fp8=True))
-    with pytest.raises(CheckpointError, match=r"o_proj\.weight' is stored as fp8 without its 'weight_scale_inv'"):
-        load(edited("keye_vl_671b", lambda tensors: tensors.pop(name), fp8=True))
-    with pytest.raises(CheckpointError, match=r"o_proj\.weight' has the scale .* is torch.bfloat16"):
-        load(edited("keye_vl_671b", set_tensor(name, 2, 1)))
-    with pytest.raises(CheckpointError, match=r"o_proj\.weight_scale_inv.*\[2, 2\].*\[2, 1\]"):
-        load(edited("keye_vl_671b", set_tensor(name, 2, 2), fp8=True))
-    expert = f"{LAYER}.mlp.experts.4.up_proj.weight_scale_inv"
-    with pytest.raises(CheckpointError, match=r"experts\.4\.up_proj\.weight"):
-        load(edited("keye_vl_671b", lambda tensors: tensors.pop(expert), fp8=True))
-
-
 # Saving.
 
 
@@ -596,8 +338,8 @@ def test_dense_checkpoint_with_a_new_indexer(layout, tmp_path):
             assert torch.equal(state[name], torch.full_like(state[name], float(name.endswith("weight")))), name
         else:
             assert 0.5 < float(state[name].std()) / text.initializer_range < 1.5, name
-    assert all(torch.equal(state[name], tensor) for name, tensor in dense.state_dict().items() if "visual" not in name
-               and "projector" not in name)  # fmt: skip
+    stored = [name for name in dense.state_dict() if not name.startswith(("model.visual.", "model.projector."))]
+    assert all(torch.equal(state[name], dense.state_dict()[name]) for name in stored)
     # Dense until the budget is lowered.
     assert (logits(model) - logits(dense)).abs().max() < 2e-5
     torch.manual_seed(3)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.utils import cached_file
 
-from modeling_keye import KeyeConfig, KeyeProcessor
+from modeling_keye import KeyeConfig, KeyeProcessor, published_processor_keye
 from modeling_keye.positions_keye import rope_index
 from modeling_keye.processing_keye import KEYE_CHAT_TEMPLATE
 from tests.conversion.published import VISION_LAYOUTS, vocabulary, write_tokenizer
@@ -68,7 +69,14 @@ def test_the_family_follows_the_checkpoint(layout, tmp_path):
 
 @pytest.mark.compat
 @pytest.mark.parametrize("as_hub", [False, True], ids=["subfolder", "hub"])
-def test_hub_names_and_subfolders(as_hub, tmp_path):
+def test_hub_names_and_subfolders(as_hub, tmp_path, monkeypatch):
+    read = []
+
+    def recorded(repo, name, **options):
+        read.append((name, options.get("revision")))
+        return cached_file(repo, name, **options)
+
+    monkeypatch.setattr(published_processor_keye, "cached_file", recorded)
     folder = write(tmp_path / "folder" / "inner", "keye_vl_2", {"min_pixels": 7840})
     if as_hub:
         base = tmp_path / "cache" / "models--someone--Keye-VL-2.0"
@@ -78,6 +86,8 @@ def test_hub_names_and_subfolders(as_hub, tmp_path):
         folder.rename(base / "snapshots" / ("89" * 20))
         source = {"cache_dir": tmp_path / "cache", "local_files_only": True}
         processor = KeyeProcessor.from_pretrained("someone/Keye-VL-2.0", **source)
+        # All other files come from the commit of the first one, even if the branch moves on meanwhile.
+        assert {revision for name, revision in read if name != "config.json"} == {"89" * 20}
     else:
         processor = KeyeProcessor.from_pretrained(tmp_path / "folder", subfolder="inner")
     assert processor.image_processor.min_pixels == 7840
@@ -86,8 +96,9 @@ def test_hub_names_and_subfolders(as_hub, tmp_path):
 
 
 @pytest.mark.compat
-def test_code_in_the_folder_never_runs(tmp_path):
-    folder = write(tmp_path / "folder", "keye_vl_preview")
+@pytest.mark.parametrize("layout", ["keye_vl_preview", "keye_vl_671b"])
+def test_code_in_the_folder_never_runs(layout, tmp_path):
+    folder = write(tmp_path / "folder", layout)
     bomb = f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
     for name in ("processing_keye", "image_processing_keye", "configuration_keye", "tokenization_keye"):
         (folder / f"{name}.py").write_text(bomb)
@@ -98,8 +109,8 @@ def test_code_in_the_folder_never_runs(tmp_path):
         for trust in ({}, {"trust_remote_code": True}):
             processor = KeyeProcessor.from_pretrained(folder, **trust)
             text = "<|vision_start|>What?\n 12"
-            ids = processor(text=text)["input_ids"][0]
-            assert processor.tokenizer.decode(ids) == text and ids[0] == vocabulary("keye_vl_preview").index(text[:16])
+            ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert processor.tokenizer.decode(ids) == text and ids[0] == vocabulary(layout).index(text[:16])
     assert not (tmp_path / "ran").exists()
 
 
@@ -181,8 +192,11 @@ def test_frame_sizes_are_those_of_the_family_not_of_the_image_limits(tmp_path):
     processor = KeyeProcessor.from_pretrained(write(tmp_path / "2", "keye_vl_2", limits))
     sizes = [(20, (336, 588)), (720, (336, 588)), (721, (336, 588)), (1000, (280, 504)), (2880, (168, 280))]
     assert [(count, frame_size(processor, count, 720, 1280)) for count, _ in sizes] == sizes
-    processor = KeyeProcessor.from_pretrained(write(tmp_path / "15", "keye_vl_1_5", limits))
+    processor = KeyeProcessor.from_pretrained(write(tmp_path / "15", "keye_vl_1_5", {**limits, "resample": 3}))
     assert frame_size(processor, 10, 720, 1280) == (560, 1008)
+    bilinear, bicubic = 2, 3
+    assert processor.video_processor.budget().video_resample == bilinear
+    assert processor.image_processor.resample == bicubic
 
 
 def test_preview_sizes_frames_twice(tmp_path):

@@ -265,7 +265,7 @@ class WrittenOut:
 
     # Decoder.
 
-    def _angles(self, positions: torch.Tensor, dim: int, theta: float, sections: list[int] | None) -> torch.Tensor:
+    def angles(self, positions: torch.Tensor, dim: int, theta: float, sections: list[int] | None) -> torch.Tensor:
         """[L, dim / 2]."""
         step = frequencies(theta, dim)
         if sections is None:
@@ -280,7 +280,7 @@ class WrittenOut:
         assert len(axis) == dim // 2
         return positions[axis].double().T * step
 
-    def _yarn(self) -> tuple[torch.Tensor, float]:
+    def yarn(self) -> tuple[torch.Tensor, float]:
         """Frequencies of the 1-D rotary embedding and m^2 of the softmax scale."""
         config, rope = self.config, self.config["rope_scaling"]
         dim, theta = config["qk_rope_head_dim"], config["rope_theta"]
@@ -298,7 +298,7 @@ class WrittenOut:
         m = 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1
         return plain / rope["factor"] * ramp + plain * (1 - ramp), m * m
 
-    def _select(self, scores: torch.Tensor, topk: int) -> torch.Tensor:
+    def select(self, scores: torch.Tensor, topk: int) -> torch.Tensor:
         """scores [L, L] -> which keys each query reads; of equal scores the first ones."""
         length = scores.shape[0]
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
@@ -329,7 +329,7 @@ class WrittenOut:
         q, k, v = ((x @ self.w[f"{name}.{part}_proj.weight"].T).unflatten(-1, (-1, dim)) for part in "qkv")
         q = rms_norm(q, self.w[f"{name}.q_norm.weight"], eps)
         k = rms_norm(k, self.w[f"{name}.k_norm.weight"], eps)
-        angles = self._angles(positions, dim, theta, sections)
+        angles = self.angles(positions, dim, theta, sections)
         q, k = TURNS[c.rope_pairs](q, angles), TURNS[c.rope_pairs](k, angles)
         kept = None
         if "sa_config" in config:
@@ -338,10 +338,10 @@ class WrittenOut:
             topk = config["sa_config"].get("topk", 2048)
             if c.index_sets == "per group":
                 groups = config["num_key_value_heads"]
-                kept = [self._select(part.sum(dim=0), topk) for part in scores.tensor_split(groups)]
+                kept = [self.select(part.sum(dim=0), topk) for part in scores.tensor_split(groups)]
                 kept = torch.stack(kept).repeat_interleave(config["num_attention_heads"] // groups, dim=0)
             else:
-                kept = self._select(scores.sum(dim=0), topk)
+                kept = self.select(scores.sum(dim=0), topk)
                 self.selected.append([row.nonzero().squeeze(-1) for row in kept])
         return self._attend(q, k, v, dim**-0.5, kept) @ self.w[f"{name}.o_proj.weight"].T
 
@@ -369,14 +369,14 @@ class WrittenOut:
         else:
             k = layer_norm(k, k_weight, bias, c.index_eps)
         scaled = [int(n * dim / config["head_dim"]) for n in config["rope_scaling"]["mrope_section"]]
-        angles = self._angles(positions, dim, config["rope_theta"], scaled)
+        angles = self.angles(positions, dim, config["rope_theta"], scaled)
         if c.index_rotary == "slice of the main one":
             angles = main_angles[:, : dim // 2]
         elif c.index_rotary == "first axis":
-            angles = self._angles(positions, dim, config["rope_theta"], None)
+            angles = self.angles(positions, dim, config["rope_theta"], None)
         turn = TURNS[c.index_pairs]
         if c.index_rotary == "half of the dimensions":
-            half = self._angles(positions, dim // 2, config["rope_theta"], None)
+            half = self.angles(positions, dim // 2, config["rope_theta"], None)
             q, k = (
                 torch.cat([turn(y[..., : dim // 2], half), y[..., dim // 2 :]], dim=-1) for y in (q, k.unsqueeze(1))
             )
@@ -391,7 +391,7 @@ class WrittenOut:
         config, c = self.config, self.choices
         nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
         latent_size = config["kv_lora_rank"]
-        step, temperature = self._yarn()
+        step, temperature = self.yarn()
         angles = positions[0].double()[:, None] * step
         query_latent = None
         if config["q_lora_rank"] is None:
@@ -420,7 +420,7 @@ class WrittenOut:
         scale = (nope + rope) ** -0.5 * (1.0 if c.mla_temperature == "left out" else temperature)
         kept = None
         if "index_topk" in config:
-            kept = self._select(self.deepseek_scores(x, query_latent, f"{name}.indexer", angles), config["index_topk"])
+            kept = self.select(self.deepseek_scores(x, query_latent, f"{name}.indexer", angles), config["index_topk"])
             self.selected.append([row.nonzero().squeeze(-1) for row in kept])
         return self._attend(q, k, v, scale, kept) @ self.w[f"{name}.o_proj.weight"].T
 

@@ -108,7 +108,7 @@ def _describe(parameter, value) -> tuple[str, bool]:
         short = {"float": "fp", "bfloat": "bf", "int": "i", "uint": "u"}
         letters, digits = re.fullmatch(r"torch\.([a-z]+)(\d*)", str(value.dtype)).groups()
         kind = "*i1" if letters == "bool" else f"*{short[letters]}{digits}"
-        return kind, value.data_ptr() % 16 == 0
+        return kind, value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment
     if isinstance(value, float):
         return "fp32", False
     if value == 1 and not parameter.do_not_specialize:
@@ -133,7 +133,9 @@ def _report(name: str, compiled, constants: dict) -> Report:
     opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass, re.MULTILINE)
     return Report(
         kernel=name,
-        constants={key: value if isinstance(value, (int, float, bool)) else str(value) for key, value in constants.items()},
+        constants={
+            key: value if isinstance(value, (int, float, bool)) else str(value) for key, value in constants.items()
+        },
         num_warps=compiled.metadata.num_warps,
         num_stages=compiled.metadata.num_stages,
         registers=numbers["REG"],

@@ -6,12 +6,14 @@ import torch
 from modeling_keye.triton_selection_keye import select_tokens
 from tests.kernels.aot import SHARED_LIMIT, compile_launches
 
-SHAPES = {(heads, dim): f"{heads}x{dim}" for heads, dim in ((4, 128), (16, 64), (32, 128), (64, 128))}
+MODULE = "tests.kernels.test_aot"
+SHAPES = ["4x128", "16x64", "32x128", "64x128"]
+# Registers of one multiprocessor and threads per warp.
+REGISTERS, WARP = 65536, 32
 
 
-def _launch(heads: int, dim: int, dtype: torch.dtype, masked: bool = True) -> None:
-    num_queries, offset = 48, 4096
-    num_keys = offset + num_queries
+def _launch(shape: str, dtype: torch.dtype, num_keys: int = 4144, num_queries: int = 48, masked: bool = True) -> None:
+    heads, dim = map(int, shape.split("x"))
     select_tokens(
         torch.zeros(1, num_queries, heads, dim, dtype=dtype),
         torch.zeros(1, num_keys, dim, dtype=dtype),
@@ -21,28 +23,93 @@ def _launch(heads: int, dim: int, dtype: torch.dtype, masked: bool = True) -> No
         anchor_stride=64,
         batch_size=1,
         num_queries=num_queries,
-        query_offset=offset,
+        query_offset=num_keys - num_queries,
         key_mask=torch.ones(1, num_keys, dtype=torch.bool) if masked else None,
         width=2304,
         device=torch.device("cpu"),
     )
 
 
-def bf16_4x128():
-    _launch(4, 128, torch.bfloat16)
+def bf16_4x128() -> None:
+    _launch("4x128", torch.bfloat16)
 
 
-def bf16_16x64():
-    _launch(16, 64, torch.bfloat16)
+def bf16_16x64() -> None:
+    _launch("16x64", torch.bfloat16)
 
 
-def bf16_32x128():
-    _launch(32, 128, torch.bfloat16)
+def bf16_32x128() -> None:
+    _launch("32x128", torch.bfloat16)
 
 
-def bf16_64x128():
-    _launch(64, 128, torch.bfloat16)
+def bf16_64x128() -> None:
+    _launch("64x128", torch.bfloat16)
 
 
-def fp32_16x64():
-    _launch(16, 64, torch.float32)
+def fp16_16x64() -> None:
+    _launch("16x64", torch.float16)
+
+
+def fp32_16x64() -> None:
+    _launch("16x64", torch.float32)
+
+
+def long_unpadded() -> None:
+    _launch("16x64", torch.bfloat16, num_keys=40000, masked=False)
+
+
+def other_lengths() -> None:
+    """The kernels of `bf16_16x64` at lengths that are odd, and for a single query."""
+    _launch("16x64", torch.bfloat16, num_keys=5001, num_queries=37)
+    _launch("16x64", torch.bfloat16, num_keys=9999, num_queries=1)
+
+
+def enumerated() -> None:
+    """A short prompt, which keeps everything, then window and anchors without an indexer."""
+    _launch("16x64", torch.bfloat16, num_keys=300, num_queries=300)
+    for stride in (None, 64):
+        select_tokens(
+            *(None, None, None),
+            topk=None,
+            local_window=512,
+            anchor_stride=stride,
+            batch_size=2,
+            num_queries=9,
+            query_offset=4000,
+            key_mask=None,
+            width=640,
+            device=torch.device("cpu"),
+        )
+
+
+ALL = [f"bf16_{shape}" for shape in SHAPES]
+ALL += ["fp16_16x64", "fp32_16x64", "long_unpadded", "other_lengths", "enumerated"]
+
+
+@pytest.mark.parametrize("arch", sorted(SHARED_LIMIT), ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("name", ALL)
+def test_no_spills_and_fits(name, arch):
+    reports = compile_launches(MODULE, ALL, arch)[name]
+    print(*reports, sep="\n")
+    for report in reports:
+        assert report.stack == 0, f"spills: {report}"
+        assert report.shared <= SHARED_LIMIT[arch], f"does not fit: {report}"
+        assert not {"STL", "LDL"} & set(report.instructions), f"local memory: {report}"
+        # At least one program fits the registers of a multiprocessor; a scoring program wants two beside it.
+        programs = REGISTERS // (report.registers * report.num_warps * WARP)
+        assert programs >= (2 if "score" in report.kernel else 1), str(report)
+
+
+@pytest.mark.parametrize("arch", sorted(SHARED_LIMIT), ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scores_run_on_tensor_cores_behind_asynchronous_copies(shape, arch):
+    score, select = compile_launches(MODULE, ALL, arch)[f"bf16_{shape}"]
+    assert (score.kernel, select.kernel) == ("_score_kernel", "_select_kernel")
+    assert score.instructions.get("HGMMA" if arch == 90 else "HMMA"), str(score)
+    assert score.instructions.get("LDGSTS"), str(score)
+
+
+@pytest.mark.parametrize("arch", sorted(SHARED_LIMIT), ids=lambda arch: f"sm_{arch}")
+def test_lengths_and_strides_compile_nothing_new(arch):
+    reports = compile_launches(MODULE, ALL, arch)
+    assert set(map(str, reports["other_lengths"])) == set(map(str, reports["bf16_16x64"]))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -156,9 +157,12 @@ def published(running_hub, ready_folder, tmp_path_factory) -> Published:
 
 
 @pytest.fixture
-def files(tmp_path) -> dict[str, LocalFile]:
-    """What an upload sends, without a model: three shards of random bytes, an index, settings and a card."""
-    random = np.random.default_rng(0)
+def files(tmp_path, request) -> dict[str, LocalFile]:
+    """What an upload sends, without a model: three shards of random bytes, an index, settings and a card.
+
+    The bytes are this test's own, so that the Hub does not know them from another one.
+    """
+    random = np.random.default_rng(crc32(request.node.name.encode()))
     contents = {f"model-0000{n}-of-00003.safetensors": random.bytes(SHARD) for n in (1, 2, 3)}
     contents |= {"model.safetensors.index.json": b"{}", "config.json": b'{"model_type": "keye"}'}
     contents |= {"README.md": b"---\nlicense: apache-2.0\n---\n\n# Keye\n", "modeling_keye.py": b"# code\n"}

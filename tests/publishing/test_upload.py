@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from zlib import crc32
 
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, constants
@@ -27,7 +28,7 @@ def send(hub, files, request):
         api = HfApi(endpoint=constants.ENDPOINT, token=options.pop("token", None))
         return upload(api, options.pop("files", files), repo or run.repo, say=said.append, **options)
 
-    run.repo = f"{REPO}-{abs(hash(request.node.name)) % 10**8}"
+    run.repo = f"{REPO}-{crc32(request.node.name.encode())}"
     run.said = said
     return run
 
@@ -113,6 +114,14 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, files, send, waits
     assert len(hub.repos[send.repo].log()) == 2
     assert len(hub.sent("POST", "/commit/")) == 1
     assert done.commit == hub.repos[send.repo].branches["main"]
+
+
+def test_a_commit_that_fails_for_good(hub, files, send, waits):
+    hub.fail("POST", "/commit/", status=500, times=100, message="disk on fire")
+    with pytest.raises(PublishError, match=r"committing: the Hub answered 500 \(disk on fire\), also after waiting"):
+        send()
+    assert waits == [1, 2, 4, 8, 8]
+    assert len(hub.repos[send.repo].log()) == 1
 
 
 def test_a_slow_link_is_no_error(hub, files, send, waits):
@@ -308,7 +317,7 @@ def test_a_hub_that_is_not_there(hub, files, waits):
 
 def test_a_card_that_the_hub_refuses_stops_before_the_weights(hub, files, send):
     files["README.md"].path.write_text("---\nlicense: 5\n---\n# Keye\n")
-    with pytest.raises(PublishError, match="checking the card failed: .*license.* must be a string"):
+    with pytest.raises(PublishError, match=r"refuses the metadata of README.md \(\"license\" must be a string\)"):
         send()
     assert hub.sent("PUT", ".") == []
 
