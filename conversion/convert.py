@@ -9,6 +9,7 @@ fp8_scales.safetensors; the way back is bit for bit.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -168,59 +169,51 @@ def _plan_ours(folder: Path, source: dict, dtype: str | None, max_shard_size: in
     )
 
 
+@dataclass(frozen=True)
+class _Published:
+    """What a folder of ours is published as. `source` holds the weights and, for fp8, the scales."""
+
+    layout: Layout
+    config: dict
+    generation: dict | None
+    source: Checkpoint
+    kept: dict[str, str] = field(default_factory=dict)
+    dropped: Sequence[str] = ()
+    unfused_experts: bool = False
+    block: tuple[int, int] = FP8_BLOCK
+
+
 def _plan_published(folder: Path, dtype: str | None, max_shard_size: int, layout_name: str | None) -> Job:
-    raw = _raw_config(folder)
-    if (found := detect_layout(raw)) is not None:
+    if (found := detect_layout(_raw_config(folder))) is not None:
         raise ValueError(f"{folder} is published already, as {found.name}; `--to ours` is the other way.")
-    if layout_name is not None and layout_name not in LAYOUTS:
-        raise ValueError(f"`layout` is {layout_name!r}; it must be one of {', '.join(LAYOUTS)}.")
-    record = None if layout_name else read_record(folder)
-    if record is None and layout_name is None:
-        raise ValueError(
-            f"{folder} has no conversion.json, which would say how it was published; name the layout to write with "
-            f"--layout: {', '.join(LAYOUTS)}."
-        )
     checkpoint = Checkpoint.open(folder)
     config = KeyeConfig.from_pretrained(folder)
     _check_ours(checkpoint, expected_shapes(meta_model(config)), folder)
-    kept: dict[str, str] = {}
-    unfused, block, source, scales_file = False, FP8_BLOCK, checkpoint, folder / SCALES_FILE
-    dtype_then = None
-    if record is None:
-        layout = LAYOUTS[layout_name]
-        published = published_config(config_dict(config), layout)
-        generation = read_json(folder / "generation_config.json")
+    if layout_name is None:
+        published = _as_recorded(folder, checkpoint, config, dtype)
     else:
-        layout = LAYOUTS[record["layout"]]
-        published = dict(record["published_config"])
-        _refuse_changed_config(config, checkpoint, published, layout, folder)
-        generation, kept = record["published_generation_config"], record["published_files"]
-        unfused = record["unfused_experts"]
-        if record["fp8_block"] and dtype is None:
-            if not scales_file.is_file():
-                raise ValueError(
-                    f"{folder} lacks {SCALES_FILE}, without which fp8 blocks cannot be made again; give --dtype to "
-                    "write them unquantised."
-                )
-            block, source = tuple(record["fp8_block"]), checkpoint.merged(Checkpoint.open(scales_file))
-        dtype_then = record["dtype"]
+        published = _as_named(folder, checkpoint, config, layout_name)
+    layout, source = published.layout, published.source
     if dtype is not None:
-        published.pop("quantization_config", None)
-    if dtype is not None or dtype_then is not None:
-        published["dtype" if "dtype" in published else "torch_dtype"] = dtype or dtype_then
-    recipes = plan_publishing(layout, source, unfused_experts=unfused, block=block, dtype=_DTYPES.get(dtype))
+        published.config.pop("quantization_config", None)
+        published.config["dtype" if "dtype" in published.config else "torch_dtype"] = dtype
+    recipes = plan_publishing(
+        layout,
+        source,
+        unfused_experts=published.unfused_experts,
+        block=published.block,
+        dtype=_DTYPES.get(dtype),
+    )
     streams = [recipe_stream(recipe, source) for recipe in recipes.values()]
 
     facts = {"source": f"{len(source)} tensors in {len(source.files)} file(s)"}
-    if record is None:
-        facts["config.json"] = f"written for {layout.name} out of ours"
-    else:
-        facts["config.json"] = "as it was published"
-        facts["left out"] = _listed(record["dropped"])
+    facts["config.json"] = "as it was published" if layout_name is None else f"written for {layout.name} out of ours"
+    facts["left out"] = _listed(published.dropped)
     if any(stream.dtype == FP8 for stream in streams):
-        facts["fp8"] = f"blocks of {block[0]} x {block[1]} with the published scales"
-    facts["files"] = "tokenizer, " * has_tokenizer(folder) + ", ".join(["config.json", "generation_config.json", *kept])
-    if code := (published.get("auto_map") or {}).get("AutoModel"):
+        facts["fp8"] = f"blocks of {published.block[0]} x {published.block[1]} with the published scales"
+    names = ["tokenizer"] * has_tokenizer(folder) + ["config.json", "generation_config.json", *published.kept]
+    facts["files"] = ", ".join(names)
+    if code := (published.config.get("auto_map") or {}).get("AutoModel"):
         facts["code"] = f"config.json names {code}; its files are not ours to write, take them from the publisher"
     return Job(
         title=f"{folder}: ours -> {layout.name}",
@@ -229,8 +222,50 @@ def _plan_published(folder: Path, dtype: str | None, max_shard_size: int, layout
             folder, source.files, to="published", dtype=dtype, max_shard_size=max_shard_size, layout=layout_name
         ),
         check=partial(check_scales, source),
-        write_files=lambda output: write_published_files(output, folder, published, generation, kept),
+        write_files=lambda output: write_published_files(
+            output, folder, published.config, published.generation, published.kept
+        ),
         facts=facts,
+    )
+
+
+def _as_named(folder: Path, checkpoint: Checkpoint, config: KeyeConfig, name: str) -> _Published:
+    """The layout of this name, with a configuration for what ours says now."""
+    if name not in LAYOUTS:
+        raise ValueError(f"`layout` is {name!r}; it must be one of {', '.join(LAYOUTS)}.")
+    layout = LAYOUTS[name]
+    generation = read_json(folder / "generation_config.json")
+    return _Published(layout, published_config(config_dict(config), layout), generation, checkpoint)
+
+
+def _as_recorded(folder: Path, checkpoint: Checkpoint, config: KeyeConfig, dtype: str | None) -> _Published:
+    """What conversion.json has kept. With another `dtype`, fp8 is left behind."""
+    record = read_record(folder)
+    if record is None:
+        raise ValueError(
+            f"{folder} has no conversion.json, which would say how it was published; name the layout to write with "
+            f"--layout: {', '.join(LAYOUTS)}."
+        )
+    layout, raw, source = LAYOUTS[record["layout"]], dict(record["published_config"]), checkpoint
+    _refuse_changed_config(config, checkpoint, raw, layout, folder)
+    if record["dtype"] is not None:
+        raw["dtype" if "dtype" in raw else "torch_dtype"] = record["dtype"]
+    if record["fp8_block"] and dtype is None:
+        if not (folder / SCALES_FILE).is_file():
+            raise ValueError(
+                f"{folder} lacks {SCALES_FILE}, without which fp8 blocks cannot be made again; give --dtype to write "
+                "them unquantised."
+            )
+        source = checkpoint.merged(Checkpoint.open(folder / SCALES_FILE))
+    return _Published(
+        layout,
+        raw,
+        record["published_generation_config"],
+        source,
+        kept=record["published_files"],
+        dropped=record["dropped"],
+        unfused_experts=record["unfused_experts"],
+        block=tuple(record["fp8_block"] or FP8_BLOCK),
     )
 
 

@@ -167,12 +167,20 @@ def _copy_tokenizer(source: Path, output: Path) -> None:
 def read_record(folder: Path) -> dict | None:
     """conversion.json of a folder, None when there is none. Raises `ValueError` for one of another make."""
     record = read_json(folder / RECORD)
-    if record is not None:
-        missing = sorted(_RECORDED - set(record))
-        if record.get("format") != 1 or missing or record["layout"] not in LAYOUTS:
-            found = f"format {record.get('format')!r}, layout {record.get('layout')!r}"
-            found += f", no {', '.join(missing)}" if missing else ""
-            raise ValueError(f"{folder / RECORD} has {found}; it is not of this version. Give --layout to do without.")
+    if record is None:
+        return None
+    problem = None
+    if record.get("format") != 1:
+        problem = f"format {record.get('format')!r}"
+    elif missing := sorted(_RECORDED - set(record)):
+        problem = f"no {', '.join(missing)}"
+    elif record["layout"] not in LAYOUTS:
+        problem = f"layout {record['layout']!r}"
+    if problem is not None:
+        raise ValueError(
+            f"{folder / RECORD} has {problem}; the way back needs what a conversion keeps there (format 1). Give "
+            "--layout to write that layout without it."
+        )
     return record
 
 

@@ -26,9 +26,13 @@ from .sparse_reference_keye import forced_count
 from .sparse_reference_keye import select_tokens as _torch_select_tokens
 from .sparse_reference_keye import sparse_gqa as _torch_sparse_gqa
 from .sparse_reference_keye import sparse_mla as _torch_sparse_mla
+from .triton_common_keye import triton_usable
+from .triton_mla_keye import sparse_mla as _triton_sparse_mla
+from .triton_mla_keye import unsupported as _unsupported_by_triton_mla
+from .triton_selection_keye import select_tokens as _triton_select_tokens
 
 ATTENTION_NAME = "keye_sparse"
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton")
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,33 @@ class Selection:
         return min(num_visible, forced + (self.topk or 0))
 
 
-def resolve_backend(name: str, device: torch.device) -> str:
-    """The backend that will run on `device` when `name` is asked for. Raises `ValueError` when it cannot run."""
+def resolve_backend(name: str, device: torch.device, *dtypes: torch.dtype, problem: str | None = None) -> str:
+    """The backend that will run on `device` for inputs of `dtypes` when `name` is asked for.
+
+    "auto" takes the Triton kernels on CUDA devices where they can run, PyTorch elsewhere. `problem` is what else keeps
+    the kernels from running, in one sentence. Raises `ValueError` when the backend that was named cannot run.
+    """
     if name not in BACKENDS:
         raise ValueError(f"There is no sparse attention backend {name!r}; choose one of {', '.join(BACKENDS)}.")
-    return "torch"
+    if name == "torch" or (name == "auto" and device.type != "cuda"):
+        return "torch"
+    problem = triton_usable(device, *dtypes) or problem
+    if name == "triton" and problem is not None:
+        raise ValueError(problem)
+    return "triton" if problem is None else "torch"
+
+
+def mla_backend(q: torch.Tensor, kv: torch.Tensor, value_dim: int, backend: str = "auto") -> str:
+    """The backend that `sparse_mla` runs for these inputs; raises `ValueError` when a named one cannot."""
+    usable = backend == "triton" or (backend == "auto" and q.is_cuda)
+    problem = _unsupported_by_triton_mla(q, kv, value_dim) if usable and not triton_usable(q.device) else None
+    return resolve_backend(backend, q.device, q.dtype, kv.dtype, problem=problem)
+
+
+def gqa_backend(q: torch.Tensor, backend: str = "auto") -> str:
+    """The backend that `sparse_gqa` runs for these inputs; raises `ValueError` when a named one cannot."""
+    problem = 'There is no Triton kernel for grouped-query attention; choose the backend "torch".'
+    return resolve_backend(backend, q.device, q.dtype, problem=problem)
 
 
 def _check(condition: bool, message: str) -> None:
@@ -126,8 +152,10 @@ def select_tokens(
             f"`key_mask` {tuple(key_mask.shape)} must cover {batch_size} sequences of {num_keys} tokens.",
         )
         key_mask = key_mask[:, :num_keys]
-    resolve_backend(backend, device)
-    return _torch_select_tokens(
+    dtypes = () if q is None else (q.dtype, k.dtype, weights.dtype)
+    chosen = resolve_backend(backend, device, *dtypes)
+    select = _triton_select_tokens if chosen == "triton" else _torch_select_tokens
+    return select(
         q,
         k,
         weights,
@@ -167,8 +195,9 @@ def sparse_mla(
         f"Queries {tuple(q.shape)} must be [B, S, H, W] and cache rows {tuple(kv.shape)} [B, T, W].",
     )
     _check(indices.shape[:2] == q.shape[:2], f"Indices {tuple(indices.shape)} do not fit queries {tuple(q.shape)}.")
-    resolve_backend(backend, q.device)
-    return _torch_sparse_mla(q, kv, indices, scaling, value_dim)
+    chosen = mla_backend(q, kv, value_dim, backend)
+    attend = _triton_sparse_mla if chosen == "triton" else _torch_sparse_mla
+    return attend(q, kv, indices, scaling, value_dim)
 
 
 def sparse_gqa(
@@ -184,7 +213,7 @@ def sparse_gqa(
         f"Queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit.",
     )
     _check(indices.shape[:2] == q.shape[:2], f"Indices {tuple(indices.shape)} do not fit queries {tuple(q.shape)}.")
-    resolve_backend(backend, q.device)
+    gqa_backend(q, backend)
     return _torch_sparse_gqa(q, k, v, indices, scaling)
 
 

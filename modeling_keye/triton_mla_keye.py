@@ -1,7 +1,7 @@
 """Sparse multi-head latent attention in Triton: prefill and split decode, and the entry point with gradients.
 
-The contract is that of `sparse_attention_keye.sparse_mla`; `sparse_reference_keye.sparse_mla` is the judge. All heads of
-a query share its rows of the cache (DeepSeek-V2 report, section 2.1, absorbed form): a program takes one query and a
+The contract is that of `sparse_attention_keye.sparse_mla`; `sparse_reference_keye.sparse_mla` is the judge. All heads
+of a query share its rows of the cache (DeepSeek-V2 report, section 2.1, absorbed form): a program takes one query and a
 block of heads, gathers tiles of selected rows once, and uses the latent columns of a tile as keys and as values. With
 too few queries to fill the device, each list is cut into parts that `combine` joins by their log-sum-exp.
 
@@ -16,14 +16,22 @@ from dataclasses import dataclass
 import torch
 
 from .triton_common_keye import jit, multiprocessors, on_device, operand_dtype, shared_memory, tl, triton
-from .triton_gather_keye import LOG2_E, add_weighted, combine, load_rows, num_splits, scores_of, used_places
-from .triton_mla_backward_keye import backward
+from .triton_gather_keye import (
+    HOPPER_SHARED,
+    LOG2_E,
+    add_weighted,
+    combine,
+    fitting_blocks,
+    load_rows,
+    num_splits,
+    scores_of,
+    used_places,
+)
+from .triton_mla_backward_keye import backward, padded_sizes, score_tiles
 
 MAX_HEADS = 128
 # Output elements that the registers of one program hold in float32: 64 heads x 512.
 _MAX_OUTPUT = 64 * 512
-# Shared memory beside the operand tiles: reductions and indices.
-_SLACK = 2048
 
 
 @dataclass(frozen=True)
@@ -43,17 +51,20 @@ def forward_tiles(heads: int, latent: int, width: int, element_size: int, shared
     Chosen so that nothing spills when compiled (tests/kernels/test_aot_mla.py); tiles of 64 places keep Hopper's
     products from being bound by the shared memory that feeds them.
     """
-    if element_size > 2:  # no matrix instruction keeps float32: multiply-adds, whose operands live in registers
-        return Tiles(16, 16, False, 8, 2)
-    hopper = shared >= 200 * 1024
-    block = 16 if heads <= 16 else 32 if heads <= 32 or not hopper else 64
-    while block > 16 and block * latent > _MAX_OUTPUT:
-        block //= 2
-    # Hopper reads operands from shared memory while the next tile arrives; older devices hold them in registers.
-    buffers = 2 if hopper else 1
-    places = 64
-    while places > 16 and (block + buffers * places) * width * element_size > shared - _SLACK:
-        places //= 2
+    hopper = shared >= HOPPER_SHARED and element_size == 2
+    if element_size == 2:
+        block = 16 if heads <= 16 else 64 if heads > 32 and hopper else 32
+        while block > 16 and block * latent > _MAX_OUTPUT:
+            block //= 2
+        places = 64
+    else:  # multiply-adds, whose operands live in registers: no matrix instruction keeps float32
+        block, places = 16, 16
+
+    def size(heads: int, places: int) -> int:
+        # Hopper reads a tile from shared memory while the next one arrives; older devices hold it in registers.
+        return (heads + (2 if hopper else 1) * places) * width * element_size
+
+    block, places = fitting_blocks(block, places, 16, size, shared)
     return Tiles(block, places, hopper and block < 64 <= places, 8, 2)
 
 
@@ -146,8 +157,19 @@ def _forward_kernel(
     tl.store(lse_ptr + o_row, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=m_head)
 
 
-def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+def unsupported(q: torch.Tensor, kv: torch.Tensor, value_dim: int) -> str | None:
+    """None when the kernels take heads and head sizes of these inputs, else one sentence that says why not."""
+    heads, width = q.shape[2:]
+    if heads > MAX_HEADS:
+        return f'The Triton kernels take up to {MAX_HEADS} heads, not {heads}; choose the backend "torch".'
+    latent, _, padded_width = padded_sizes(value_dim, width)
+    element_size = torch.promote_types(q.dtype, kv.dtype).itemsize
+    try:
+        for tiles in (forward_tiles, score_tiles):
+            tiles(heads, latent, padded_width, element_size, shared_memory(q.device))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _forward(
@@ -161,8 +183,7 @@ def _forward(
     lse = torch.empty(batch, num_queries, heads, dtype=statistics, device=q.device)
     if lse.numel() == 0:
         return out, lse
-    block_c, block_r = _block(value_dim), _block(rotary)
-    padded_width = block_c + (block_r if rotary else 0)
+    block_c, block_r, padded_width = padded_sizes(value_dim, width)
     tiles = forward_tiles(heads, block_c, padded_width, dtype.itemsize, shared_memory(q.device))
     if indices.shape[2] < tiles.places:
         indices = torch.nn.functional.pad(indices, (0, tiles.places - indices.shape[2]), value=-1)
@@ -231,10 +252,11 @@ def sparse_mla(
     Beyond its contract: indices at or past the number of cache rows count as unused, places may repeat a row (each
     counts), and q and kv may differ in dtype (products are made in the wider one). The backward pass adds gradients of
     cache rows atomically, hence in no fixed order, unless `torch.use_deterministic_algorithms` is on. Raises
-    `ValueError` for more than 128 heads.
+    `ValueError` where `unsupported` has something to say.
     """
-    if q.shape[2] > MAX_HEADS:
-        raise ValueError(f'The Triton kernels take up to {MAX_HEADS} heads, not {q.shape[2]}; choose the backend "torch".')
+    problem = unsupported(q, kv, value_dim)
+    if problem is not None:
+        raise ValueError(problem)
     if torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad):
         return _SparseMLA.apply(q, kv, indices, scaling, value_dim)
     return _forward(q, kv, indices, scaling, value_dim)

@@ -1,10 +1,14 @@
-"""What stands in a folder: contents by name for comparisons, tensors by name for arithmetic."""
+"""What stands in a folder, by name for comparisons; and what the converter says when it refuses."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+
+from conversion.convert import main
+from conversion.staging import partial_folder
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -32,3 +36,21 @@ def bits(tensor: torch.Tensor) -> tuple:
 def different(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
     """Names that are in one of two sets of tensors only, or whose bits differ."""
     return sorted(name for name in {*a, *b} if name not in a or name not in b or bits(a[name]) != bits(b[name]))
+
+
+def copied(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+def refusal(capsys, *arguments) -> str:
+    """What the command says when it refuses."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and "Traceback" not in printed.err
+    return printed.err[printed.err.index("error: ") :]
+
+
+def assert_nothing_written(dst: Path) -> None:
+    assert not dst.exists() and not partial_folder(dst).exists()

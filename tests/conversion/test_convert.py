@@ -1,8 +1,6 @@
 """`python -m conversion.convert`: both directions, what is written, and what is refused before anything is written."""
 
-import errno
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -12,14 +10,11 @@ from safetensors.torch import load_file, save_file
 
 import modeling_keye.configuration_keye as configuration_keye
 from conversion import convert as convert_module
-from conversion import shard_writer, staging
 from conversion.convert import convert, main
-from conversion.staging import Staging, partial_folder
 from modeling_keye import KeyeConfig, KeyeForVideoQA, KeyeProcessor
 from modeling_keye.configuration_keye import AUTO_MAP
-from tests.conversion.folders import contents, different, stored
+from tests.conversion.folders import assert_nothing_written, contents, different, stored
 from tests.conversion.published import VISION_LAYOUTS, dequantised, published_checkpoint, write_published
-from tests.conversion.safetensors_files import write
 from tests.model.factories import VISION
 
 IGNORABLE = (
@@ -75,24 +70,6 @@ def ours(source, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ours") / "ours"
     convert(source, folder, max_shard_size="300KB")
     return folder
-
-
-def copied(folder: Path, to: Path) -> Path:
-    shutil.copytree(folder, to)
-    return to
-
-
-def refusal(capsys, *arguments) -> str:
-    """What the command says when it refuses."""
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 1
-    printed = capsys.readouterr()
-    assert printed.out == "" and "Traceback" not in printed.err
-    return printed.err[printed.err.index("error: ") :]
-
-
-def assert_nothing_written(dst: Path) -> None:
-    assert not dst.exists() and not partial_folder(dst).exists()
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -182,19 +159,20 @@ def test_index_and_shards_are_as_the_library_writes_them(ours):
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
         assert length % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
-        # The library reads by offsets in elements, which a smaller dtype in front could break.
-        assert [entry for entry in header.values() if entry["dtype"] == "F32" and entry["data_offsets"][0] % 4] == []
         total = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
         assert total <= 300_000 or len(header) == 1
 
 
 def test_dtypes_of_different_width_in_one_file_are_aligned(tmp_path):
-    """The correction bias is float32 between tensors of bfloat16 with odd sizes."""
-    published = write_published(tmp_path / "published", "keye_vl_671b", num_hidden_layers=2, kv_lora_rank=131)
+    """The correction bias is float32 between tensors of bfloat16 with odd sizes; readers count offsets in elements."""
+    published = write_published(tmp_path / "published", "keye_vl_671b", kv_lora_rank=131)
     convert(published, tmp_path / "ours")
-    tensors = load_file(tmp_path / "ours" / "model.safetensors")
-    biases = [tensor.dtype for name, tensor in tensors.items() if name.endswith("e_score_correction_bias")]
-    assert biases == [torch.float32]
+    data = (tmp_path / "ours" / "model.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    del header["__metadata__"]
+    wide = {name: entry["data_offsets"][0] for name, entry in header.items() if entry["dtype"] == "F32"}
+    assert len(wide) == 2 and all(name.endswith("e_score_correction_bias") for name in wide)
+    assert [name for name, offset in wide.items() if offset % 4] == []
 
 
 def test_two_runs_write_the_same_bytes(source, ours, tmp_path):
@@ -250,6 +228,21 @@ def test_a_model_saved_by_the_library_is_published_by_the_name_of_its_layout(lay
     assert different(stored(tmp_path / "back"), kept) == []
     again = KeyeConfig.from_pretrained(tmp_path / "back").to_dict()
     assert {**again, "_name_or_path": ""} == {**KeyeConfig.from_pretrained(published).to_dict(), "_name_or_path": ""}
+
+
+def test_a_model_trained_further_is_published_with_its_record(ours, tmp_path):
+    """conversion.json, copied beside weights that were saved again, restores names and files for the new values."""
+    model = KeyeForVideoQA.from_pretrained(ours, dtype="auto")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    model.save_pretrained(tmp_path / "trained")
+    shutil.copy(ours / "conversion.json", tmp_path / "trained")
+    convert(tmp_path / "trained", tmp_path / "back", to="published")
+    config, tensors = published_checkpoint("keye_vl_2")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(IGNORABLE)}
+    kept["lm_head.weight"] = kept["lm_head.weight"] * 2
+    assert different(stored(tmp_path / "back"), kept) == []
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
 
 
 def test_weights_without_the_indexer_of_their_config_come_back(tmp_path):
@@ -309,292 +302,3 @@ def test_the_last_line_sums_up(source, tmp_path, capsys):
     tensors = stored(tmp_path / "ours")
     assert numbers["tensors"] == len(tensors) and numbers["resumed_tensors"] == 0 and numbers["seconds"] >= 0
     assert numbers["bytes"] == sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-# Bad checkpoints. Each function changes a folder of two shards; the pattern stands in the refusal.
-
-
-def first_shard(folder: Path) -> Path:
-    return folder / "model-00001-of-00002.safetensors"
-
-
-def change_header(folder: Path, change) -> None:
-    data = first_shard(folder).read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little")
-    write(first_shard(folder), change(data[8:end].decode()), data[end:])
-
-
-def change_tensor(folder: Path, name: str, change) -> None:
-    tensors = load_file(first_shard(folder))
-    tensors[name] = change(tensors[name]).contiguous()
-    save_file(tensors, first_shard(folder))
-
-
-def rename_in_index(folder: Path, file: str) -> None:
-    index = folder / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    name = next(iter(content["weight_map"]))
-    index.write_text(json.dumps({**content, "weight_map": {**content["weight_map"], name: file}}))
-
-
-def shift_offsets(header: str) -> dict:
-    entries = json.loads(header)
-    entry = next(entry for name, entry in entries.items() if name != "__metadata__" and entry["data_offsets"][0] > 0)
-    entry["data_offsets"] = [position + 2 for position in entry["data_offsets"]]
-    return entries
-
-
-def only_pickles(folder: Path) -> None:
-    for file in folder.glob("model*"):
-        file.unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-
-
-def unknown_key(folder: Path) -> None:
-    tensors = stored(folder)
-    for file in folder.glob("model*"):
-        file.unlink()
-    save_file({**tensors, "model.layers.0.mlp.something.weight": torch.ones(2)}, folder / "model.safetensors")
-
-
-def missing_key(folder: Path) -> None:
-    tensors = stored(folder)
-    for file in folder.glob("model*"):
-        file.unlink()
-    del tensors["model.norm.weight"]
-    save_file(tensors, folder / "model.safetensors")
-
-
-def no_bytes_at_the_end(folder: Path) -> None:
-    os.truncate(first_shard(folder), first_shard(folder).stat().st_size - 1)
-
-
-EMBEDDING = "visual.vision_model.embeddings.patch_embedding.weight"
-BAD = {
-    "missing shard": (lambda folder: first_shard(folder).unlink(), "lacks 1 of the 2 shards"),
-    "truncated file": (no_bytes_at_the_end, "is truncated"),
-    "wrong shape": (lambda f: change_tensor(f, EMBEDDING, lambda t: t[:-1]), "patch_embedding.weight makes"),
-    "duplicate key": (
-        lambda f: change_header(f, lambda h: h.strip()[:-1] + "," + h.strip()[1:]),
-        "duplicate key",
-    ),
-    "path outside": (lambda f: rename_in_index(f, "../model.safetensors"), "outside of its folder"),
-    "lying offsets": (lambda f: change_header(f, shift_offsets), "leaves a gap|overlaps"),
-    "unknown dtype": (lambda f: change_header(f, lambda h: h.replace('"BF16"', '"BF17"', 1)), "unknown dtype 'BF17'"),
-    "only pickles": (only_pickles, "only pickle files"),
-    "unknown key": (unknown_key, "unknown: model.layers.0.mlp.something.weight"),
-    "missing key": (missing_key, "missing: model.language_model.norm.weight"),
-    "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
-    "another model": (
-        lambda f: (f / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}'),
-        "LlamaForCausalLM",
-    ),
-    "contradicting generation config": (
-        lambda f: (f / "generation_config.json").write_text('{"num_beams": 1, "num_return_sequences": 3}'),
-        "generation_config.json contradicts itself",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_checkpoint_is_refused_and_nothing_written(name, source, tmp_path, capsys):
-    damage, pattern = BAD[name]
-    bad = copied(source, tmp_path / "bad")
-    damage(bad)
-    message = refusal(capsys, bad, tmp_path / "ours")
-    assert any(part in message for part in pattern.split("|")), message
-    assert_nothing_written(tmp_path / "ours")
-
-
-def test_nan_in_a_scale_is_refused_and_nothing_written(tmp_path, capsys):
-    bad = write_published(tmp_path / "bad", "keye_vl_671b", fp8=True)
-    tensors = load_file(bad / "model.safetensors")
-    name = "model.layers.1.self_attn.o_proj.weight_scale_inv"
-    tensors[name][0, 0] = float("nan")
-    save_file(tensors, bad / "model.safetensors")
-    for option in ([], ["--dry-run"]):
-        assert name in refusal(capsys, bad, tmp_path / "ours", *option)
-        assert_nothing_written(tmp_path / "ours")
-
-
-def test_destinations_in_use_are_refused(source, tmp_path, capsys):
-    taken = tmp_path / "taken"
-    taken.mkdir()
-    (taken / "notes.txt").write_text("mine")
-    assert f"{taken} exists and is not an empty folder" in refusal(capsys, source, taken)
-    assert contents(taken).keys() == {"notes.txt"} and not partial_folder(taken).exists()
-    foreign = partial_folder(tmp_path / "ours")
-    foreign.mkdir()
-    (foreign / "letters").write_text("mine")
-    assert "is no unfinished conversion (letters)" in refusal(capsys, source, tmp_path / "ours")
-    assert contents(foreign).keys() == {"letters"}
-
-
-def test_an_empty_destination_is_taken(source, tmp_path):
-    (tmp_path / "ours").mkdir()
-    convert(source, tmp_path / "ours")
-    assert (tmp_path / "ours" / "model.safetensors").is_file()
-
-
-def test_too_small_a_disk_is_refused(source, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    message = refusal(capsys, source, tmp_path / "ours")
-    assert "has 1,000 left" in message and "choose another disk" in message
-    assert_nothing_written(tmp_path / "ours")
-
-
-def test_sources_that_are_nothing_are_refused(tmp_path, capsys):
-    for name in (tmp_path / "absent", "./absent", "a/b/c"):
-        assert "is no folder, and no repository of the Hub has such a name" in refusal(capsys, name, tmp_path / "ours")
-    message = refusal(capsys, "someone/nothing", tmp_path / "ours")
-    assert "there is no folder someone/nothing, and the Hub says" in message
-    assert_nothing_written(tmp_path / "ours")
-
-
-def test_the_wrong_direction_is_refused(source, ours, tmp_path, capsys):
-    assert "`--to published` is the way back" in refusal(capsys, ours, tmp_path / "x")
-    assert "is published already, as keye_vl_2" in refusal(capsys, source, tmp_path / "x", "--to", "published")
-    assert "`layout` is for the way back" in refusal(capsys, source, tmp_path / "x", "--layout", "keye_vl_2")
-
-
-def test_the_way_back_needs_what_conversion_json_keeps(ours, tmp_path, capsys):
-    bare = copied(ours, tmp_path / "bare")
-    (bare / "conversion.json").unlink()
-    message = refusal(capsys, bare, tmp_path / "x", "--to", "published")
-    assert "has no conversion.json" in message and "--layout: keye_vl_preview" in message
-    (bare / "conversion.json").write_text('{"format": 7}')
-    assert "has format 7" in refusal(capsys, bare, tmp_path / "x", "--to", "published")
-    assert "can only say 'mla'" in refusal(capsys, bare, tmp_path / "x", "--to", "published", "--layout", "deepseek_v3")
-    assert_nothing_written(tmp_path / "x")
-
-
-def test_a_changed_configuration_is_not_published_as_it_was(ours, tmp_path, capsys):
-    changed = copied(ours, tmp_path / "changed")
-    config = json.loads((changed / "config.json").read_text())
-    config["text_config"]["rope_parameters"]["rope_theta"] = 5e6
-    (changed / "config.json").write_text(json.dumps(config))
-    message = refusal(capsys, changed, tmp_path / "x", "--to", "published")
-    assert "has changed since it was converted: rope_theta was 10000000.0, is 5000000.0" in message
-    convert(changed, tmp_path / "x", to="published", layout="keye_vl_2")
-    assert json.loads((tmp_path / "x" / "config.json").read_text())["rope_theta"] == 5e6
-
-
-def test_fp8_cannot_come_back_without_its_scales(tmp_path, capsys):
-    convert(write_published(tmp_path / "published", "keye_vl_671b", fp8=True), tmp_path / "ours")
-    (tmp_path / "ours" / "fp8_scales.safetensors").unlink()
-    assert "lacks fp8_scales.safetensors" in refusal(capsys, tmp_path / "ours", tmp_path / "x", "--to", "published")
-    assert_nothing_written(tmp_path / "x")
-    convert(tmp_path / "ours", tmp_path / "x", to="published", dtype="bfloat16")
-
-
-def test_weights_of_ours_that_do_not_fit_are_refused(ours, tmp_path, capsys):
-    bad = copied(ours, tmp_path / "bad")
-    tensors = stored(bad)
-    for file in bad.glob("model*"):
-        file.unlink()
-    del tensors["lm_head.weight"]
-    save_file(tensors, bad / "model.safetensors")
-    assert "missing: lm_head.weight" in refusal(capsys, bad, tmp_path / "x", "--to", "published")
-
-
-@pytest.mark.parametrize("size", ["", "5", "5 cats", "-1GB", "0.5B", "0"])
-def test_nonsense_sizes_are_refused_or_taken_as_bytes(size, source, tmp_path, capsys):
-    if size == "5":
-        assert shard_writer.parse_size(size) == 5
-    else:
-        assert "is no size of a file" in refusal(capsys, source, tmp_path / "x", f"--max-shard-size={size}")
-    assert [shard_writer.parse_size(text) for text in ("5GB", "1.5 MiB", "7kb")] == [5 * 10**9, 3 * 2**19, 7000]
-
-
-# Runs that do not end.
-
-
-def failing_writes(monkeypatch, after: int, error: BaseException) -> None:
-    """Writing raises `error` once `after` pieces of data are written."""
-    left = [after]
-    real = staging.write_all
-
-    def write_all(descriptor: int, data) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            real(descriptor, memoryview(data)[: len(data) // 2])
-            raise error
-        real(descriptor, data)
-
-    for module in (staging, shard_writer):
-        monkeypatch.setattr(module, "write_all", write_all)
-
-
-@pytest.mark.parametrize("after", [1, 40])
-def test_a_full_disk_is_told_and_the_same_command_goes_on(after, source, ours, tmp_path, capsys, monkeypatch):
-    with monkeypatch.context() as patch:
-        failing_writes(patch, after, OSError(errno.ENOSPC, "No space left on device"))
-        message = refusal(capsys, source, tmp_path / "x", "--max-shard-size=300KB")
-    assert "No space left on device" in message and "goes on where this one stopped" in message
-    assert not (tmp_path / "x").exists()
-    numbers = convert(source, tmp_path / "x", max_shard_size="300KB")
-    assert numbers["resumed_tensors"] == max(0, (after - 2) // 2)
-    assert contents(tmp_path / "x") == contents(ours) and not partial_folder(tmp_path / "x").exists()
-
-
-def test_ctrl_c_is_told_and_the_same_command_goes_on(source, ours, tmp_path, capsys, monkeypatch):
-    with monkeypatch.context() as patch:
-        failing_writes(patch, 50, KeyboardInterrupt())
-        assert main([str(source), str(tmp_path / "x"), "--max-shard-size=300KB"]) == 130
-    assert "goes on where this one stopped" in capsys.readouterr().err
-    assert convert(source, tmp_path / "x", max_shard_size="300KB")["resumed_tensors"] > 0
-    assert contents(tmp_path / "x") == contents(ours)
-
-
-@pytest.fixture
-def stopped(source, tmp_path, monkeypatch) -> Path:
-    """The DST of a run over a copy of the source, stopped halfway."""
-    copied(source, tmp_path / "source")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        failing_writes(patch, 130, KeyboardInterrupt())
-        convert(tmp_path / "source", tmp_path / "x", max_shard_size="300KB")
-    return tmp_path / "x"
-
-
-def test_other_options_or_sources_do_not_continue_a_run(stopped, tmp_path, capsys):
-    source = tmp_path / "source"
-    before = contents(partial_folder(stopped))
-    for options, wanted in (
-        (["--max-shard-size=200KB"], "--max-shard-size: was 300000, is 200000"),
-        (["--max-shard-size=300KB", "--dtype=float32"], "--dtype: was None, is float32"),
-    ):
-        message = refusal(capsys, source, stopped, *options)
-        assert wanted in message and f"Delete {partial_folder(stopped)}" in message
-    shard = source / "model-00002-of-00002.safetensors"
-    os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
-    message = refusal(capsys, source, stopped, "--max-shard-size=300KB")
-    assert "source/model-00002-of-00002.safetensors: was" in message and "source/config.json" not in message
-    assert contents(partial_folder(stopped)) == before
-    shutil.rmtree(partial_folder(stopped))
-    convert(source, stopped, max_shard_size="200KB")
-
-
-def test_a_second_run_on_the_same_folder_is_refused(stopped, tmp_path, capsys):
-    journal = (partial_folder(stopped) / "journal.jsonl").read_text().splitlines()
-    with Staging.open(stopped, json.loads(journal[0])["fingerprint"]):
-        message = refusal(capsys, tmp_path / "source", stopped, "--max-shard-size=300KB")
-        assert "another run is at work" in message
-    convert(tmp_path / "source", stopped, max_shard_size="300KB")
-
-
-def test_what_a_power_cut_lost_is_written_again(stopped, ours, tmp_path):
-    """The journal may have reached the disk when the data had not: checksums tell."""
-    shards = sorted((partial_folder(stopped) / "output").glob("*.safetensors"))
-    data = bytearray(shards[-1].read_bytes())
-    data[-100:] = bytes(100)
-    shards[-1].write_bytes(data[:-7])
-    convert(tmp_path / "source", stopped, max_shard_size="300KB")
-    names = [name for name in contents(ours) if name.startswith("model")]
-    assert {name: contents(stopped)[name] for name in names} == {name: contents(ours)[name] for name in names}
-
-
-def test_a_finished_file_that_was_changed_is_not_trusted(stopped, tmp_path, capsys):
-    shard = min((partial_folder(stopped) / "output").glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-1])
-    message = refusal(capsys, tmp_path / "source", stopped, "--max-shard-size=300KB")
-    assert shard.name in message and "has been changed or removed" in message

@@ -334,7 +334,7 @@ def test_query_steps_of_the_layer_change_nothing(monkeypatch):
         ({"selection": Selection()}, "dense"),
         ({"q": None}, "missing"),
         ({"selection": Selection(local_window=3)}, "given"),
-        ({"backend": "cuda"}, "auto, torch"),
+        ({"backend": "cuda"}, "auto, torch, triton"),
         ({"batch_size": 2}, "do not fit"),
         ({"query_offset": 5}, "at offset 5"),
         ({"key_mask": torch.ones(1, 3, dtype=torch.bool)}, "must cover"),

@@ -1,4 +1,7 @@
-"""The kernels of sparse latent attention compiled for real devices: no spills, within shared memory, matrix instructions."""
+"""Kernels of sparse latent attention compiled for real devices: no spills, shared memory, matrix instructions.
+
+`forward_...`, `decode_...` and `gradients_...` run in a process of their own, where a launch compiles and does not run.
+"""
 
 import pytest
 import torch
@@ -32,20 +35,12 @@ def forward_128_heads():
     forward(128)
 
 
-def forward_128_heads_float16():
-    forward(128, torch.float16)
-
-
 def forward_64_heads_odd_places():
     forward(64, places=PLACES + 129)
 
 
 def forward_32_heads():
     forward(32)
-
-
-def forward_20_heads():
-    forward(20)
 
 
 def forward_16_heads():
@@ -76,10 +71,6 @@ def gradients_128_heads():
     gradients(128)
 
 
-def gradients_128_heads_float16():
-    gradients(128, torch.float16)
-
-
 def gradients_64_heads():
     gradients(64)
 
@@ -108,32 +99,55 @@ def gradients_float32():
     gradients(128, torch.float32)
 
 
-HALF = [
-    forward_128_heads,
-    forward_128_heads_float16,
-    forward_64_heads_odd_places,
-    forward_32_heads,
-    forward_20_heads,
-    forward_16_heads,
-    forward_small_latent,
-    forward_no_rotary,
-    decode_128_heads,
-    decode_16_heads,
-    gradients_128_heads,
-    gradients_128_heads_float16,
-    gradients_64_heads,
-    gradients_32_heads,
-    gradients_16_heads,
-    gradients_small_latent,
-    gradients_deterministic,
-]
-SINGLE = [forward_float32, gradients_float32]
-NAMES = [function.__name__ for function in HALF + SINGLE]
+LAUNCHES = {
+    90: [
+        forward_128_heads,
+        forward_64_heads_odd_places,
+        forward_32_heads,
+        forward_16_heads,
+        forward_small_latent,
+        forward_no_rotary,
+        decode_128_heads,
+        decode_16_heads,
+        gradients_128_heads,
+        gradients_64_heads,
+        gradients_32_heads,
+        gradients_16_heads,
+        gradients_small_latent,
+        gradients_deterministic,
+        forward_float32,
+        gradients_float32,
+    ],
+    80: [forward_128_heads, forward_16_heads, gradients_128_heads, gradients_16_heads],
+    89: [
+        forward_128_heads,
+        forward_16_heads,
+        gradients_128_heads,
+        gradients_16_heads,
+        gradients_deterministic,
+        forward_float32,
+        gradients_float32,
+    ],
+}
+NAMES = {arch: [function.__name__ for function in functions] for arch, functions in LAUNCHES.items()}
+GATHERING = ("_forward_kernel", "_score_gradients_kernel", "_row_gradients_kernel")
 
 
-@pytest.mark.parametrize("arch", [90, 80, 89])
-@pytest.mark.parametrize("name", NAMES)
-def test_fits(name, arch):
-    for report in aot.compile_launches(__name__, NAMES, arch)[name]:
-        print(arch, name, report)
-        assert report.shared <= aot.SHARED_LIMIT[arch]
+@pytest.mark.parametrize(("arch", "name"), [(arch, name) for arch in NAMES for name in NAMES[arch]])
+def test_compiles_for_the_device(arch, name):
+    reports = aot.compile_launches(__name__, NAMES[arch], arch)[name]
+    print("", *reports, sep="\n")
+    for report in reports:
+        assert report.shared <= aot.SHARED_LIMIT[arch], report
+        if report.kernel not in GATHERING:
+            assert report.stack == 0, report
+            continue
+        assert report.instructions["LDGSTS"] >= 4, f"rows are not gathered asynchronously: {report}"
+        if name.endswith("float32"):
+            continue  # multiply-adds: correct everywhere, fast nowhere
+        # At 255 registers, releases of Triton differ by a few: 3.8 has no spill at all, 3.6 up to four registers.
+        assert report.stack <= 16, report
+        expected, unexpected = ("HGMMA", "HMMA") if arch == 90 else ("HMMA", "HGMMA")
+        assert expected in report.instructions and unexpected not in report.instructions, report
+        if report.kernel == "_row_gradients_kernel" and "deterministic" in name:
+            assert not {"RED", "REDG", "ATOM", "ATOMG"} & set(report.instructions), report

@@ -25,11 +25,11 @@ FULL = Selection(topk=7, local_window=9, anchor_stride=16)
 SCORED = [rule for rule in PARTS if rule.topk is not None]
 
 
-def integers(num_queries: int, num_keys: int, batch: int = 1, heads: int = 3, dim: int = 5, seed: int = 0):
+def integers(num_queries: int, num_keys: int, batch: int = 1, heads: int = 3, dim: int = 5, seed: int = 0, most=6):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return torch.randint(-6, 7, shape, generator=generator).float()
+        return torch.randint(-most, most + 1, shape, generator=generator).float()
 
     return draw(batch, num_queries, heads, dim), draw(batch, num_keys, dim), draw(batch, num_queries, heads)
 
@@ -152,6 +152,44 @@ def test_padding_and_holes(rule, device):
         scores = float64_scores(index[0][b], index[1][b], index[2][b])
         assert_selected(found[b], oracle(rule, scores, num_keys, first_query, mask[b].numpy()))
     assert bool((found[3] == -1).all()) and bool((found[4, 0] == -1).all())
+
+
+@pytest.mark.parametrize("fill", [float("nan"), -math.inf, 3e38], ids=str)
+def test_unwritten_memory_is_not_read(fill, device, monkeypatch):
+    """Tiles before the first real token are not scored; what their memory holds must not matter."""
+    allocate = torch.empty
+
+    def filled(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(fill) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", filled)
+    num_keys = 290
+    for seed, start in enumerate((5, 77, 197, 262)):
+        mask = torch.arange(num_keys)[None] >= start
+        rule = Selection(topk=17, local_window=(None, 3)[seed % 2])
+        index = integers(1, num_keys, seed=seed, most=50)
+        found = select(triton_selection_keye, rule, on(device, index), num_keys, num_keys - 1, mask.to(device))
+        assert torch.equal(found.cpu(), select(sparse_reference_keye, rule, index, num_keys, num_keys - 1, mask))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_cases_equal_the_torch_backend(seed, device):
+    generator = np.random.default_rng(seed)
+    for case in range(6):
+        num_queries, batch = generator.integers(1, 3, size=2).tolist()
+        num_keys = num_queries + int(generator.integers(1, 400))
+        rule = Selection(
+            int(generator.choice([1, 3, 16, 50, 200])),
+            *(generator.choice([None, 0, 5, 33]), generator.choice([None, 1, 3, 17, 64])),
+        )
+        mask = torch.from_numpy(generator.random((batch, num_keys)) < generator.choice([0.05, 0.5, 1.0]))
+        mask &= torch.arange(num_keys) >= torch.from_numpy(generator.integers(0, num_keys, size=(batch, 1)))
+        index = integers(num_queries, num_keys, batch, seed=case, most=int(generator.choice([1, 50])))
+        first_query = num_keys - num_queries
+        found = select(triton_selection_keye, rule, on(device, index), num_keys, first_query, mask.to(device))
+        expected = select(sparse_reference_keye, rule, index, num_keys, first_query, mask)
+        assert torch.equal(found.cpu(), expected), f"{rule}, {num_queries} of {num_keys}, case {case}"
 
 
 def test_batch_composition_changes_nothing(device):
@@ -289,19 +327,28 @@ def test_workspace_and_chunks_at_full_size(batch, first_query, num_queries, offs
 
 
 def test_workspace_of_a_call(device, monkeypatch):
-    """What a call allocates is what the chunks need, and the result."""
-    sizes = []
+    """What a call allocates is what the chunks need, and the result; every row has scratch of its own."""
+    tensors = []
     allocate = torch.empty
 
     def counting(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
-        sizes.append(tensor.nbytes)
+        tensors.append(tensor)
         return tensor
 
     monkeypatch.setattr(torch, "empty", counting)
     monkeypatch.setattr(triton_selection_keye, "SLAB_ELEMENTS", 1024)
     select(triton_selection_keye, FULL, on(device, integers(5, 300)), 300, 295)
-    assert sizes == [5 * FULL.width(300) * 4, 2 * 320 * 4, 2 * 320 // 16 * 4, 2 * 320 * 4, 2 * 320 // 16 * 4]
+    assert [tensor.nbytes for tensor in tensors] == [
+        5 * FULL.width(300) * 4,
+        2 * 320 * 4,
+        2 * 320 // 16 * 4,
+        2 * 320 * 4,
+        2 * 320 // 16 * 4,
+    ]
+    # The last chunk holds one query; the second row of the scratch is what the chunk before left there.
+    firsts = [scratch.view(2, -1)[:, 0] for scratch in tensors[1:]]
+    assert all(not bool(first.isnan().any()) if first.is_floating_point() else min(first) >= 0 for first in firsts)
 
 
 def test_tiles_refuse_what_no_device_holds():

@@ -1,0 +1,223 @@
+"""What `python -m conversion.convert` refuses, with a sentence and before anything is written."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conversion import shard_writer, staging
+from conversion.convert import convert
+from conversion.staging import partial_folder
+from tests.conversion.folders import assert_nothing_written, contents, copied, refusal, stored
+from tests.conversion.published import write_published
+from tests.conversion.safetensors_files import write
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """Keye-VL-2.0, which the tests that change it copy."""
+    return write_published(tmp_path_factory.mktemp("source") / "keye-2", "keye_vl_2", shards=2)
+
+
+@pytest.fixture(scope="module")
+def ours(source, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ours") / "ours"
+    convert(source, folder, max_shard_size="300KB")
+    return folder
+
+
+def first_shard(folder: Path) -> Path:
+    return folder / "model-00001-of-00002.safetensors"
+
+
+def change_header(folder: Path, change) -> None:
+    data = first_shard(folder).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    write(first_shard(folder), change(data[8:end].decode()), data[end:])
+
+
+def change_tensor(folder: Path, name: str, change) -> None:
+    tensors = load_file(first_shard(folder))
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, first_shard(folder))
+
+
+def rename_in_index(folder: Path, file: str) -> None:
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name = next(iter(content["weight_map"]))
+    index.write_text(json.dumps({**content, "weight_map": {**content["weight_map"], name: file}}))
+
+
+def shift_offsets(header: str) -> dict:
+    entries = json.loads(header)
+    entry = next(entry for name, entry in entries.items() if name != "__metadata__" and entry["data_offsets"][0] > 0)
+    entry["data_offsets"] = [position + 2 for position in entry["data_offsets"]]
+    return entries
+
+
+def only_pickles(folder: Path) -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def unknown_key(folder: Path) -> None:
+    tensors = stored(folder)
+    for file in folder.glob("model*"):
+        file.unlink()
+    save_file({**tensors, "model.layers.0.mlp.something.weight": torch.ones(2)}, folder / "model.safetensors")
+
+
+def missing_key(folder: Path) -> None:
+    tensors = stored(folder)
+    for file in folder.glob("model*"):
+        file.unlink()
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def no_bytes_at_the_end(folder: Path) -> None:
+    os.truncate(first_shard(folder), first_shard(folder).stat().st_size - 1)
+
+
+# How a folder of two shards is damaged, and what stands in the refusal.
+EMBEDDING = "visual.vision_model.embeddings.patch_embedding.weight"
+BAD = {
+    "missing shard": (lambda folder: first_shard(folder).unlink(), "lacks 1 of the 2 shards"),
+    "truncated file": (no_bytes_at_the_end, "is truncated"),
+    "wrong shape": (lambda f: change_tensor(f, EMBEDDING, lambda t: t[:-1]), "patch_embedding.weight makes"),
+    "duplicate key": (
+        lambda f: change_header(f, lambda h: h.strip()[:-1] + "," + h.strip()[1:]),
+        "duplicate key",
+    ),
+    "path outside": (lambda f: rename_in_index(f, "../model.safetensors"), "outside of its folder"),
+    "lying offsets": (lambda f: change_header(f, shift_offsets), "leaves a gap|overlaps"),
+    "unknown dtype": (lambda f: change_header(f, lambda h: h.replace('"BF16"', '"BF17"', 1)), "unknown dtype 'BF17'"),
+    "only pickles": (only_pickles, "only pickle files"),
+    "unknown key": (unknown_key, "unknown: model.layers.0.mlp.something.weight"),
+    "missing key": (missing_key, "missing: model.language_model.norm.weight"),
+    "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+    "another model": (
+        lambda f: (f / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}'),
+        "LlamaForCausalLM",
+    ),
+    "contradicting generation config": (
+        lambda f: (f / "generation_config.json").write_text('{"num_beams": 1, "num_return_sequences": 3}'),
+        "generation_config.json contradicts itself",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_checkpoint_is_refused_and_nothing_written(name, source, tmp_path, capsys):
+    damage, pattern = BAD[name]
+    bad = copied(source, tmp_path / "bad")
+    damage(bad)
+    message = refusal(capsys, bad, tmp_path / "ours")
+    assert any(part in message for part in pattern.split("|")), message
+    assert_nothing_written(tmp_path / "ours")
+
+
+def test_nan_in_a_scale_is_refused_and_nothing_written(tmp_path, capsys):
+    bad = write_published(tmp_path / "bad", "keye_vl_671b", fp8=True)
+    tensors = load_file(bad / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight_scale_inv"
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, bad / "model.safetensors")
+    for option in ([], ["--dry-run"]):
+        assert name in refusal(capsys, bad, tmp_path / "ours", *option)
+        assert_nothing_written(tmp_path / "ours")
+
+
+def test_destinations_in_use_are_refused(source, tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "notes.txt").write_text("mine")
+    assert f"{taken} exists and is not an empty folder" in refusal(capsys, source, taken)
+    assert contents(taken).keys() == {"notes.txt"} and not partial_folder(taken).exists()
+    foreign = partial_folder(tmp_path / "ours")
+    foreign.mkdir()
+    (foreign / "letters").write_text("mine")
+    assert "is no unfinished conversion (letters)" in refusal(capsys, source, tmp_path / "ours")
+    assert contents(foreign).keys() == {"letters"}
+
+
+def test_an_empty_destination_is_taken(source, tmp_path):
+    (tmp_path / "ours").mkdir()
+    convert(source, tmp_path / "ours")
+    assert (tmp_path / "ours" / "model.safetensors").is_file()
+
+
+def test_too_small_a_disk_is_refused(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    message = refusal(capsys, source, tmp_path / "ours")
+    assert "has 1,000 left" in message and "choose another disk" in message
+    assert_nothing_written(tmp_path / "ours")
+
+
+def test_sources_that_are_nothing_are_refused(tmp_path, capsys):
+    for name in (tmp_path / "absent", "./absent", "a/b/c"):
+        assert "is no folder, and no repository of the Hub has such a name" in refusal(capsys, name, tmp_path / "ours")
+    message = refusal(capsys, "someone/nothing", tmp_path / "ours")
+    assert "there is no folder someone/nothing, and the Hub says" in message
+    assert_nothing_written(tmp_path / "ours")
+
+
+def test_the_wrong_direction_is_refused(source, ours, tmp_path, capsys):
+    assert "`--to published` is the way back" in refusal(capsys, ours, tmp_path / "x")
+    assert "is published already, as keye_vl_2" in refusal(capsys, source, tmp_path / "x", "--to", "published")
+    assert "`layout` is for the way back" in refusal(capsys, source, tmp_path / "x", "--layout", "keye_vl_2")
+
+
+def test_the_way_back_needs_what_conversion_json_keeps(ours, tmp_path, capsys):
+    bare = copied(ours, tmp_path / "bare")
+    (bare / "conversion.json").unlink()
+    message = refusal(capsys, bare, tmp_path / "x", "--to", "published")
+    assert "has no conversion.json" in message and "--layout: keye_vl_preview" in message
+    (bare / "conversion.json").write_text('{"format": 7}')
+    assert "has format 7" in refusal(capsys, bare, tmp_path / "x", "--to", "published")
+    assert "can only say 'mla'" in refusal(capsys, bare, tmp_path / "x", "--to", "published", "--layout", "deepseek_v3")
+    assert_nothing_written(tmp_path / "x")
+
+
+def test_a_changed_configuration_is_not_published_as_it_was(ours, tmp_path, capsys):
+    changed = copied(ours, tmp_path / "changed")
+    config = json.loads((changed / "config.json").read_text())
+    config["text_config"]["rope_parameters"]["rope_theta"] = 5e6
+    (changed / "config.json").write_text(json.dumps(config))
+    message = refusal(capsys, changed, tmp_path / "x", "--to", "published")
+    assert "has changed since it was converted: rope_theta was 10000000.0, is 5000000.0" in message
+    convert(changed, tmp_path / "x", to="published", layout="keye_vl_2")
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["rope_theta"] == 5e6
+
+
+def test_fp8_cannot_come_back_without_its_scales(tmp_path, capsys):
+    convert(write_published(tmp_path / "published", "keye_vl_671b", fp8=True), tmp_path / "ours")
+    (tmp_path / "ours" / "fp8_scales.safetensors").unlink()
+    assert "lacks fp8_scales.safetensors" in refusal(capsys, tmp_path / "ours", tmp_path / "x", "--to", "published")
+    assert_nothing_written(tmp_path / "x")
+    convert(tmp_path / "ours", tmp_path / "x", to="published", dtype="bfloat16")
+
+
+def test_weights_of_ours_that_do_not_fit_are_refused(ours, tmp_path, capsys):
+    bad = copied(ours, tmp_path / "bad")
+    tensors = stored(bad)
+    for file in bad.glob("model*"):
+        file.unlink()
+    del tensors["lm_head.weight"]
+    save_file(tensors, bad / "model.safetensors")
+    assert "missing: lm_head.weight" in refusal(capsys, bad, tmp_path / "x", "--to", "published")
+
+
+@pytest.mark.parametrize("size", ["", "5", "5 cats", "-1GB", "0.5B", "0"])
+def test_nonsense_sizes_are_refused_or_taken_as_bytes(size, source, tmp_path, capsys):
+    if size == "5":
+        assert shard_writer.parse_size(size) == 5
+    else:
+        assert "is no size of a file" in refusal(capsys, source, tmp_path / "x", f"--max-shard-size={size}")
+    assert [shard_writer.parse_size(text) for text in ("5GB", "1.5 MiB", "7kb")] == [5 * 10**9, 3 * 2**19, 7000]
