@@ -26,9 +26,14 @@ _GROUPS = (
 )
 
 
+def is_vision(name: str) -> bool:
+    """Whether one of our tensors is part of tower or projector."""
+    return not name.startswith(TEXT_PREFIXES)
+
+
 def text_tensors(expected: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The decoder and its head."""
-    return {name: shape for name, shape in expected.items() if name.startswith(TEXT_PREFIXES)}
+    return {name: shape for name, shape in expected.items() if not is_vision(name)}
 
 
 def count_parts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

@@ -67,7 +67,8 @@ def recipe_stream(recipe: Any, source: Any, recast: Callable[[torch.dtype], Tens
 class Difference:
     """One tensor in which A and B differ.
 
-    kind: "only in A", "only in B", "shape", "dtype" (the values are equal once A is rounded to B's dtype), "values".
+    kind: "only in A", "only in B", "shape", "dtype" (the values are equal once A is rounded to B's dtype), "values",
+    "unreadable" (`a` says why).
     For "values": the multi-index of the first different element, both values there, how many elements differ, and the
     largest absolute difference (NaN where a difference is no number).
     """
@@ -83,6 +84,8 @@ class Difference:
     max_abs_difference: float | None = None
 
     def __str__(self) -> str:
+        if self.kind == "unreadable":
+            return f"{self.name}: {self.a}"
         if self.kind.startswith("only in"):
             return f"{self.name}: {self.kind} ({self.a or self.b})"
         if self.kind == "shape":

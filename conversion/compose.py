@@ -39,14 +39,13 @@ from .folder import (
     write_our_files,
 )
 from .fresh import fresh_stream
-from .job import Job, run_command, run_job
+from .job import DTYPES, Job, run_command, run_job
 from .shard_writer import parse_size, plan_shards
 from .staging import fingerprint_files
 from .verify import Side
 
 TEXT_LAYOUTS = ("deepseek_v3", "deepseek_v32")
 TOWER, PROJECTOR = "model.visual.", "model.projector."
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -95,12 +94,12 @@ def compose(
     Returns numbers: tensors, parameters, bytes, shards, seconds, resumed_tensors, dry_run. Raises `ValueError` (for
     weights: `CheckpointError`) or `OSError`, before anything is written wherever that is possible.
     """
-    if dtype not in (None, *_DTYPES):
-        raise ValueError(f"`dtype` is {dtype!r}; it must be one of {', '.join(map(repr, _DTYPES))} or None.")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"`dtype` is {dtype!r}; it must be one of {', '.join(map(repr, DTYPES))} or None.")
     size = parse_size(max_shard_size)
     text_folder, vision_folder = resolve(text), resolve(vision)
     window = {"local_window": local_window, "anchor_stride": anchor_stride}
-    plan = plan_composition(text_folder, vision_folder, seed=seed, dtype=_DTYPES.get(dtype), **window)
+    plan = plan_composition(text_folder, vision_folder, seed=seed, dtype=DTYPES.get(dtype), **window)
     record = {
         "format": "composed",
         "text": {**source_name(text, text_folder), "layout": plan.text.layout_name},
@@ -284,7 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vision", required=True, metavar="KEYE", help="folder or Hub repository, published or ours")
     parser.add_argument("dst", metavar="DST", help="folder to make; the work is done in DST.partial")
     parser.add_argument("--seed", type=int, default=0, help="of the new projector (default: 0)")
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), help="default: as stored, bfloat16 for fp8")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: as stored, bfloat16 for fp8")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
     parser.add_argument("--local-window", type=int, metavar="N", help="always keep the N tokens before each query, too")
     parser.add_argument("--anchor-stride", type=int, metavar="N", help="always keep every N-th token, too")

@@ -22,6 +22,8 @@ from modeling_keye.processing_keye import (
 from modeling_keye.published_processor_keye import load_tokenizer
 from modeling_keye.video_processing_keye import KeyeVideoProcessor
 
+from .folder import blaming_tokenizer
+
 TOKENS_BY_FIELD = {
     "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
@@ -87,7 +89,8 @@ def composed_processor(folder: Path, layout: Layout, config: KeyeConfig, notes: 
             "tokens are assumptions."
         )
         return None
-    tokenizer = load_tokenizer(folder, layout, {}, {})
+    with blaming_tokenizer(folder):
+        tokenizer = load_tokenizer(folder, layout, {}, {})
     known = tokenizer.get_vocab()
     own_turns = all(token in known for token in DEEPSEEK_TURNS)
     missing = [token for token in (*VISION_TOKENS, *(() if own_turns else CHAT_TOKENS)) if token not in known]

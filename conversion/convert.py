@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from modeling_keye import KeyeConfig
+from modeling_keye import KeyeConfig, KeyeForVideoQA, KeyeProcessor
 from modeling_keye.checkpoint_keye import Checkpoint
-from modeling_keye.layouts_keye import LAYOUTS, Layout, detect_layout, our_config, published_config
+from modeling_keye.layouts_keye import LAYOUTS, Layout, detect_layout, fp8_block, our_config, published_config
 from modeling_keye.weights_keye import (
     FP8,
     FP8_BLOCK,
@@ -29,8 +27,11 @@ from modeling_keye.weights_keye import (
     plan_publishing,
 )
 
-from .compare import TensorStream, recipe_stream, stored_stream
+from .arithmetic import is_vision
+from .compare import TensorStream, compare, recipe_stream, stored_stream
 from .folder import (
+    RECORD,
+    SCALES_FILE,
     config_dict,
     data_files,
     expected_shapes,
@@ -47,12 +48,11 @@ from .folder import (
     write_published_files,
 )
 from .fresh import fresh_stream
-from .job import Job, run_command, run_job
+from .job import DTYPES, Job, run_command, run_job
+from .published_settings import changed_generation, lost_settings, processor_texts
 from .shard_writer import make_shard, parse_size, plan_shards
 from .staging import fingerprint_files
 
-SCALES_FILE = "fp8_scales.safetensors"
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _EMBEDDING = "model.language_model.embed_tokens.weight"
 # Keys of a published config.json that may differ from conversion.json: they say nothing about the weights' meaning.
 _INCIDENTAL = {"torch_dtype", "use_cache", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id"}
@@ -66,6 +66,7 @@ def convert(
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
     layout: str | None = None,
+    drop_vision: bool = False,
     dry_run: bool = False,
     progress: bool = True,
 ) -> dict:
@@ -75,15 +76,16 @@ def convert(
         src: folder, or repository of the Hub.
         to: "ours" for a published checkpoint; "published" for one of ours.
         dtype: of the weights ("bfloat16", "float16" or "float32"); None keeps what is stored, fp8 blocks excepted,
-            which become bfloat16 and, on the way back, fp8 again.
+            which become bfloat16 and, on the way back, fp8 again. float16 cannot hold them, so they come back as that.
         layout: for "published": write this layout, with a configuration of its own, instead of what conversion.json
             has kept.
+        drop_vision: for "published": a layout without vision may lose a tower and a projector that have been trained.
         dry_run: print the plan and write nothing.
 
     Returns numbers: tensors, parameters, bytes, shards, seconds, resumed_tensors, dry_run. Raises `ValueError` (for
     weights: `CheckpointError`) or `OSError`, before anything is written wherever that is possible.
     """
-    for name, value, known in (("to", to, ("ours", "published")), ("dtype", dtype, (None, *_DTYPES))):
+    for name, value, known in (("to", to, ("ours", "published")), ("dtype", dtype, (None, *DTYPES))):
         if value not in known:
             raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, known))}.")
     size = parse_size(max_shard_size)
@@ -91,9 +93,11 @@ def convert(
     if to == "ours":
         if layout is not None:
             raise ValueError("`layout` is for the way back; a published checkpoint says itself which layout it has.")
+        if drop_vision:
+            raise ValueError("`drop_vision` is for the way back; nothing of a published tower is dropped.")
         job = _plan_ours(folder, source_name(src, folder), dtype, size)
     else:
-        job = _plan_published(folder, dtype, size, layout)
+        job = _plan_published(folder, dtype, size, layout, drop_vision)
     print("\n".join(job.describe()), file=sys.stderr)
     return run_job(job, dst, dry_run=dry_run, progress=progress)
 
@@ -107,17 +111,19 @@ def _plan_ours(folder: Path, source: dict, dtype: str | None, max_shard_size: in
     config = KeyeConfig.from_pretrained(folder)
     model = meta_model(config)
     expected = expected_shapes(model)
-    quantisation = raw.get("quantization_config") or {}
-    block = tuple(quantisation.get("weight_block_size") or FP8_BLOCK)
+    unfused = _unfused_experts(layout, checkpoint, folder)
+    block = fp8_block(raw)
     layers = config.text_config.num_hidden_layers
     recipes = plan_loading(
         layout,
         checkpoint,
         expected,
         num_hidden_layers=layers,
-        optional=_is_vision if not layout.has_vision else lambda name: False,
+        optional=is_vision if not layout.has_vision else lambda name: False,
         block=block,
-        dtype=_DTYPES.get(dtype),
+        dtype=DTYPES.get(dtype),
+        # float16 has too few exponents for fp8 blocks, so nobody asks for them back.
+        prove_fp8=dtype != "float16",
     )
     config.dtype = recipes[_EMBEDDING].dtype
     new = [name for name in expected if name not in recipes]
@@ -127,17 +133,18 @@ def _plan_ours(folder: Path, source: dict, dtype: str | None, max_shard_size: in
     ]
     dropped = dropped_names(layout, checkpoint, layers)
     scales = _scale_streams(layout, checkpoint, set(dropped))
+    has_fp8, scales = bool(scales), [] if dtype == "float16" else scales
     generation = read_json(folder / "generation_config.json")
     record = {
         "format": 1,
         "source": source,
         "layout": layout.name,
-        "unfused_experts": any(name.endswith(".experts.0.gate_proj.weight") for name in checkpoint),
+        "unfused_experts": unfused,
         "fp8_block": list(block) if scales else None,
         "dtype": dtype,
         "dropped": dropped,
         "initialised": new,
-        "published_config": raw,
+        "published_config": _without("_name_or_path", raw),  # somebody's local path
         "published_generation_config": generation,
         "published_files": kept_files(folder),
     }
@@ -151,6 +158,8 @@ def _plan_ours(folder: Path, source: dict, dtype: str | None, max_shard_size: in
         facts["newly initialised"] = f"{len(new)} tensors of vision tower and projector, which {layout.name} lacks"
     if scales:
         facts["fp8"] = f"blocks of {block[0]} x {block[1]} become {config.dtype}; {SCALES_FILE} keeps their scales"
+    elif has_fp8:
+        facts["fp8"] = "blocks become float16, which cannot hold them exactly: the way back is float16, too"
     facts["files"] = "config, generation config, remote code, conversion.json, "
     if processor is not None:
         facts["files"] += "tokenizer and processor"
@@ -181,50 +190,71 @@ class _Published:
     dropped: Sequence[str] = ()
     unfused_experts: bool = False
     block: tuple[int, int] = FP8_BLOCK
+    facts: dict[str, str] = field(default_factory=dict)
 
 
-def _plan_published(folder: Path, dtype: str | None, max_shard_size: int, layout_name: str | None) -> Job:
+def _plan_published(
+    folder: Path, dtype: str | None, max_shard_size: int, layout_name: str | None, drop_vision: bool
+) -> Job:
     if (found := detect_layout(_raw_config(folder))) is not None:
         raise ValueError(f"{folder} is published already, as {found.name}; `--to ours` is the other way.")
     checkpoint = Checkpoint.open(folder)
     config = KeyeConfig.from_pretrained(folder)
-    _check_ours(checkpoint, expected_shapes(meta_model(config)), folder)
+    model = meta_model(config)
+    _check_ours(checkpoint, expected_shapes(model), folder)
     if layout_name is None:
         published = _as_recorded(folder, checkpoint, config, dtype)
     else:
         published = _as_named(folder, checkpoint, config, layout_name)
     layout, source = published.layout, published.source
+    lost = [] if layout.has_vision else [name for name in checkpoint if is_vision(name)]
+    if lost and not drop_vision:
+        _refuse_lost_vision(lost, _initialised(folder), layout)
+    raw = published.config
     if dtype is not None:
-        published.config.pop("quantization_config", None)
-        published.config["dtype" if "dtype" in published.config else "torch_dtype"] = dtype
+        raw = _without("quantization_config", raw)
+        raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
     recipes = plan_publishing(
         layout,
         source,
         unfused_experts=published.unfused_experts,
         block=published.block,
-        dtype=_DTYPES.get(dtype),
+        dtype=DTYPES.get(dtype),
     )
     streams = [recipe_stream(recipe, source) for recipe in recipes.values()]
 
     facts = {"source": f"{len(source)} tensors in {len(source.files)} file(s)"}
     facts["config.json"] = "as it was published" if layout_name is None else f"written for {layout.name} out of ours"
-    facts["left out"] = _listed(published.dropped)
+    facts["left out"] = _listed([*published.dropped, *lost])
     if any(stream.dtype == FP8 for stream in streams):
         facts["fp8"] = f"blocks of {published.block[0]} x {published.block[1]} with the published scales"
+    elif (folder / SCALES_FILE).is_file():
+        facts["fp8"] = f"left behind: weights are written as they are stored or as --dtype, {SCALES_FILE} is not used"
+    facts.update(published.facts)
     names = ["tokenizer"] * has_tokenizer(folder) + ["config.json", "generation_config.json", *published.kept]
     facts["files"] = ", ".join(names)
-    if code := (published.config.get("auto_map") or {}).get("AutoModel"):
+    if code := (raw.get("auto_map") or {}).get("AutoModel"):
         facts["code"] = f"config.json names {code}; its files are not ours to write, take them from the publisher"
+
+    def check() -> None:
+        check_scales(source)
+        if not drop_vision:
+            _refuse_trained_vision(lost, checkpoint, model, layout)
+
     return Job(
         title=f"{folder}: ours -> {layout.name}",
         shards=plan_shards(streams, max_shard_size),
         fingerprint=_fingerprint(
-            folder, source.files, to="published", dtype=dtype, max_shard_size=max_shard_size, layout=layout_name
+            folder,
+            source.files,
+            to="published",
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            layout=layout_name,
+            drop_vision=drop_vision,
         ),
-        check=partial(check_scales, source),
-        write_files=lambda output: write_published_files(
-            output, folder, published.config, published.generation, published.kept
-        ),
+        check=check,
+        write_files=lambda output: write_published_files(output, folder, raw, published.generation, published.kept),
         facts=facts,
     )
 
@@ -235,7 +265,13 @@ def _as_named(folder: Path, checkpoint: Checkpoint, config: KeyeConfig, name: st
         raise ValueError(f"`layout` is {name!r}; it must be one of {', '.join(LAYOUTS)}.")
     layout = LAYOUTS[name]
     generation = read_json(folder / "generation_config.json")
-    return _Published(layout, published_config(config_dict(config), layout), generation, checkpoint)
+    raw, kept, facts = published_config(config_dict(config), layout), {}, {}
+    processor = _our_processor(folder) if layout.has_vision else None
+    if processor is not None:
+        kept = processor_texts(processor, layout)
+        if lost := lost_settings(folder, processor, raw, kept):
+            facts["warning"] = f"{layout.name} has no place for {', '.join(lost)}"
+    return _Published(layout, raw, generation, checkpoint, kept, facts=facts)
 
 
 def _as_recorded(folder: Path, checkpoint: Checkpoint, config: KeyeConfig, dtype: str | None) -> _Published:
@@ -250,6 +286,8 @@ def _as_recorded(folder: Path, checkpoint: Checkpoint, config: KeyeConfig, dtype
     _refuse_changed_config(config, checkpoint, raw, layout, folder)
     if record["dtype"] is not None:
         raw["dtype" if "dtype" in raw else "torch_dtype"] = record["dtype"]
+    if record["dtype"] == "float16":
+        raw = _without("quantization_config", raw)
     if record["fp8_block"] and dtype is None:
         if not (folder / SCALES_FILE).is_file():
             raise ValueError(
@@ -257,16 +295,26 @@ def _as_recorded(folder: Path, checkpoint: Checkpoint, config: KeyeConfig, dtype
                 "them unquantised."
             )
         source = checkpoint.merged(Checkpoint.open(folder / SCALES_FILE))
+    generation = record["published_generation_config"]
+    undone = changed_generation(folder, config, generation)
+    processor = _our_processor(folder) if layout.has_vision else None
+    if processor is not None:
+        undone = lost_settings(folder, processor, raw, record["published_files"]) + undone
     return _Published(
         layout,
         raw,
-        record["published_generation_config"],
+        generation,
         source,
         kept=record["published_files"],
         dropped=record["dropped"],
         unfused_experts=record["unfused_experts"],
         block=tuple(record["fp8_block"] or FP8_BLOCK),
+        facts={"warning": f"edited since the conversion, put back as published: {', '.join(undone)}"} if undone else {},
     )
+
+
+def _our_processor(folder: Path) -> KeyeProcessor | None:
+    return load_processor(folder) if (folder / "processor_config.json").is_file() else None
 
 
 def _raw_config(folder: Path) -> dict:
@@ -276,8 +324,52 @@ def _raw_config(folder: Path) -> dict:
     return raw
 
 
-def _is_vision(name: str) -> bool:
-    return name.startswith(("model.visual.", "model.projector."))
+def _without(key: str, raw: dict) -> dict:
+    """A published configuration without `key`, wherever it stands."""
+    return {name: _without(key, v) if isinstance(v, dict) else v for name, v in raw.items() if name != key}
+
+
+def _unfused_experts(layout: Layout, checkpoint: Checkpoint, folder: Path) -> bool:
+    """Whether experts are stored one by one. Raises `ValueError` where some are and some are not."""
+    names = [canonical_name(layout, name) for name in checkpoint]
+    unfused = [name for name in names if name.endswith(".experts.0.gate_proj.weight")]
+    fused = [name for name in names if name.endswith(".experts.gate_up_proj")]
+    if unfused and fused:
+        raise ValueError(
+            f"{folder} stores some experts as one tensor ({fused[0]}) and some one by one ({unfused[0]}); the way back "
+            "knows one form for all. Save the checkpoint in one of them first."
+        )
+    return bool(unfused)
+
+
+def _initialised(folder: Path) -> list[str]:
+    """Tensors that a conversion to this folder has made anew."""
+    record = read_json(folder / RECORD) or {}
+    return record.get("initialised") or [] if record.get("format") == 1 else []
+
+
+def _refuse_lost_vision(names: Sequence[str], initialised: Sequence[str], layout: Layout) -> None:
+    """A layout without vision may only lose what its own conversion has added."""
+    if kept := sorted(set(names) - set(initialised)):
+        raise ValueError(
+            f"{layout.name} has no vision: {len(names)} tensors of tower and projector would be lost, and not all of "
+            f"them are new ({_listed(kept)}). Choose a layout with vision, or give --drop-vision to lose them."
+        )
+
+
+def _refuse_trained_vision(names: Sequence[str], checkpoint: Checkpoint, model: KeyeForVideoQA, layout: Layout) -> None:
+    """What the conversion has added is worth nothing as long as it still has its first values."""
+    trained = [
+        name
+        for name in names
+        if compare(fresh_stream(model, name, checkpoint[name].dtype), stored_stream(name, checkpoint, checkpoint[name]))
+    ]
+    if trained:
+        raise ValueError(
+            f"{layout.name} has no vision: the tower and projector of this folder have been changed since they were "
+            f"new ({_listed(trained)}), and would be lost. Choose a layout with vision, or give --drop-vision to lose "
+            "them."
+        )
 
 
 def _scale_streams(layout: Layout, checkpoint: Checkpoint, dropped: set[str]) -> list[TensorStream]:
@@ -340,11 +432,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("src", metavar="SRC", help="checkpoint folder, or OWNER/NAME on the Hub")
     parser.add_argument("dst", metavar="DST", help="folder to make; the work is done in DST.partial")
     parser.add_argument("--to", choices=("ours", "published"), default="ours", help="default: ours")
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), help="default: as stored, bfloat16 for fp8")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: as stored, bfloat16 for fp8")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument(
         "--layout", choices=tuple(LAYOUTS), help="with --to published: this layout instead of what conversion.json kept"
+    )
+    parser.add_argument(
+        "--drop-vision",
+        action="store_true",
+        help="with --to published: lose a trained tower in a layout without vision",
     )
     return parser
 
@@ -359,6 +456,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         layout=options.layout,
+        drop_vision=options.drop_vision,
         dry_run=options.dry_run,
     )
     return run_command(call)

@@ -7,6 +7,8 @@ import copy
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +20,8 @@ from modeling_keye import KeyeConfig, KeyeForVideoQA, KeyeProcessor
 from modeling_keye.layouts_keye import LAYOUTS
 
 RECORD = "conversion.json"
+# Of our folders whose source was fp8: the scales, under their published names.
+SCALES_FILE = "fp8_scales.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -49,6 +53,8 @@ def resolve(src: str | Path) -> Path:
 
     Raises `ValueError` when it is neither a folder nor the name of a repository.
     """
+    if not str(src):
+        raise ValueError("the name of a source is empty; give a folder, or OWNER/NAME on the Hub.")
     folder = Path(src)
     if folder.is_dir():
         return folder
@@ -95,8 +101,24 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_processor(folder: Path) -> KeyeProcessor | None:
-    """The processor of a folder in any layout, None when it holds no tokenizer."""
-    return KeyeProcessor.from_pretrained(folder) if has_tokenizer(folder) else None
+    """The processor of a folder in any layout, None when it holds no tokenizer.
+
+    Raises `ValueError` for files that are damaged or do not belong together.
+    """
+    if not has_tokenizer(folder):
+        return None
+    with blaming_tokenizer(folder):
+        return KeyeProcessor.from_pretrained(folder)
+
+
+@contextmanager
+def blaming_tokenizer(folder: Path) -> Iterator[None]:
+    """Loads tokenizer files: errors become a `ValueError` that names the folder and, where it is no JSON, the file."""
+    read_json(folder / "tokenizer.json")
+    try:
+        yield
+    except Exception as error:  # the tokenizer's own library raises nothing more special
+        raise ValueError(f"the tokenizer and processor files of {folder} cannot be used: {error}") from error
 
 
 def meta_model(config: KeyeConfig) -> KeyeForVideoQA:
@@ -185,9 +207,16 @@ def read_record(folder: Path) -> dict | None:
 
 
 def kept_files(folder: Path) -> dict[str, str]:
-    """Texts of the published files that ours replace, for the way back."""
+    """Texts of the published files that ours replace, for the way back. Raises `ValueError` for what is no UTF-8."""
     names = (*PROCESSOR_FILES, "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
-    return {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}
+    texts = {}
+    for name in names:
+        if (folder / name).is_file():
+            try:
+                texts[name] = (folder / name).read_bytes().decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{folder / name} is no UTF-8 text ({error}); fetch it again.") from error
+    return texts
 
 
 def write_published_files(
@@ -201,7 +230,7 @@ def write_published_files(
     _copy_tokenizer(source, output)
     for name, text in kept.items():
         if name in (*PROCESSOR_FILES, *TOKENIZER_FILES):
-            (output / name).write_text(text, encoding="utf-8")
+            (output / name).write_bytes(text.encode("utf-8"))
     if generation is not None:
         write_json(output / "generation_config.json", generation)
     write_json(output / "config.json", config)

@@ -11,14 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 
 from modeling_keye.checkpoint_keye import INDEX_NAME, Checkpoint
 from modeling_keye.weights_keye import SCALE_SUFFIX
 
 from .shard_writer import Shard, check_written, index_json, write_shards
-from .staging import Staging, check_space, has_begun, refuse_occupied
+from .staging import Staging, check_space, has_begun, refuse_occupied, refuse_other_run, refuse_unmovable
 
+# What weights can be written in.
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Room for what is not in the plan: tokenizer, code, index.
 _SPARE_BYTES = 64 * 2**20
 
@@ -76,7 +80,10 @@ def run_job(job: Job, dst: str | Path, *, dry_run: bool = False, progress: bool 
     started = time.perf_counter()
     dst = Path(os.path.abspath(dst))
     fingerprint = {**job.fingerprint, "plan": _plan_hash(job)}
+    refuse_unmovable(dst)
     begun = has_begun(dst)
+    if dry_run:
+        refuse_other_run(dst, fingerprint)
     if not begun:
         refuse_occupied(dst)
         job.check()
@@ -130,6 +137,9 @@ def run_command(call: Callable[[], dict]) -> int:
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on where this one stopped.", file=sys.stderr)
         return 130
+    except StrictDataclassError as error:
+        print(f"error: config.json has a value that cannot be: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = " Free some space; the same command then goes on where this one stopped."

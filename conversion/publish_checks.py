@@ -23,8 +23,10 @@ from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_relative_imports
 
 import modeling_keye
-from modeling_keye.checkpoint_keye import INDEX_NAME, WEIGHTS_NAME, Checkpoint, CheckpointError
+from modeling_keye.checkpoint_keye import INDEX_NAME, Checkpoint, CheckpointError
 from modeling_keye.configuration_keye import AUTO_MAP, KeyeConfig
+
+from .folder import SCALES_FILE
 
 PACKAGE = Path(modeling_keye.__file__).parent
 OUR_PACKAGES = ("modeling_keye", "conversion", "training", "benchmarks", "examples", "tests")
@@ -36,8 +38,9 @@ HIDDEN_SETTINGS = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE",
 )  # fmt: skip
 
-SIDECAR = "fp8_scales.safetensors"
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|fp8_scales\.safetensors")
+WEIGHTS = re.compile(
+    rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index\.json|{re.escape(SCALES_FILE)}"
+)
 # What the library reads by name, and where a conversion notes its source.
 SETTINGS = {
     "config.json", "generation_config.json", "conversion.json",
@@ -158,12 +161,9 @@ def check_weights(folder: Path) -> tuple[Check, Checkpoint | None]:
         stored = Checkpoint.open(folder)
     except CheckpointError as error:
         return Check("weights", False, str(error)), None
-    if (folder / INDEX_NAME).exists() and (folder / WEIGHTS_NAME).exists():
-        text = f"{INDEX_NAME} and {WEIGHTS_NAME} are both there, and the library would read the second one; remove one"
-        return Check("weights", False, text), None
-    if (folder / SIDECAR).exists():
+    if (folder / SCALES_FILE).exists():
         try:
-            Checkpoint.open(folder / SIDECAR)
+            Checkpoint.open(folder / SCALES_FILE)
         except CheckpointError as error:
             return Check("weights", False, str(error)), None
     size = sum(tensor.nbytes for tensor in stored.values())
@@ -447,7 +447,7 @@ def _indexed(folder: Path) -> set[str] | None:
         index = _read_json(folder / INDEX_NAME)
     except ValueError:
         return None
-    return {INDEX_NAME, SIDECAR, *map(str, (index.get("weight_map") or {}).values())}
+    return {INDEX_NAME, SCALES_FILE, *map(str, (index.get("weight_map") or {}).values())}
 
 
 def _is_pickle(path: Path) -> bool:

@@ -30,15 +30,14 @@ def partial_folder(dst: Path) -> Path:
 class Staging:
     """The folder DST.partial, held by one run at a time; made by `Staging.open`, used as a context manager.
 
-    output: where the files of DST are written until `finish`. resumed: whether an earlier run left something to go on
-    with. entries: what the journal held when it was opened, in order.
+    output: where the files of DST are written until `finish`. entries: what the journal held when it was opened, in
+    order.
     """
 
     def __init__(self, dst: Path, journal: int):
         self.dst = dst
         self.partial = partial_folder(dst)
         self.output = self.partial / OUTPUT
-        self.resumed = False
         self.entries: list[dict] = []
         self._journal = journal
 
@@ -54,6 +53,7 @@ class Staging:
         fingerprint; the message names the difference.
         """
         dst = Path(os.path.abspath(dst))
+        refuse_unmovable(dst)
         partial = partial_folder(dst)
         if not partial.exists():
             refuse_occupied(dst)
@@ -105,13 +105,29 @@ class Staging:
         lines = _whole_lines(self._journal)
         if lines:
             _refuse_other(lines[0].get("fingerprint", {}), fingerprint, self.dst)
-            self.entries, self.resumed = lines[1:], True
+            self.entries = lines[1:]
             if self.finished:
                 return
         refuse_occupied(self.dst)
         if not lines:
             self.record({"fingerprint": fingerprint}, durable=True)
         self.output.mkdir(exist_ok=True)
+
+
+def refuse_unmovable(dst: Path) -> None:
+    """Raise `ValueError` for a `dst` that the finished folder cannot be renamed to."""
+    if dst.is_symlink():
+        raise ValueError(f"{dst} is a link, which the finished folder would replace; give the folder itself as DST.")
+    if os.path.ismount(dst):
+        raise ValueError(f"{dst} is the root of a file system, which cannot be renamed to; give a folder in it as DST.")
+
+
+def refuse_other_run(dst: Path, fingerprint: dict[str, str]) -> None:
+    """Raise `ValueError` when DST.partial is no run with this fingerprint; for a run that will not open it."""
+    _refuse_foreign(partial_folder(dst))
+    if has_begun(dst):
+        with open(partial_folder(dst) / JOURNAL, "rb") as journal:
+            _refuse_other(json.loads(journal.readline()).get("fingerprint", {}), fingerprint, dst)
 
 
 def refuse_occupied(dst: Path) -> None:

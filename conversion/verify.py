@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 
 from modeling_keye.checkpoint_keye import Checkpoint, CheckpointError, StoredTensor
 from modeling_keye.configuration_keye import KeyeConfig
-from modeling_keye.layouts_keye import Layout, detect_layout
+from modeling_keye.layouts_keye import Layout, detect_layout, fp8_block
 from modeling_keye.weights_keye import (
-    FP8_BLOCK,
     SCALE_SUFFIX,
     Recipe,
     canonical_name,
@@ -35,13 +35,13 @@ from modeling_keye.weights_keye import (
     plan_publishing,
 )
 
-from .arithmetic import TEXT_PREFIXES, count_groups, count_parts, equation, text_tensors
+from .arithmetic import count_groups, count_parts, equation, is_vision, text_tensors
 from .compare import Difference, TensorStream, compare, plural, recipe_stream, short_dtype, stored_stream
-from .folder import expected_shapes, meta_model, read_json, resolve
+from .folder import SCALES_FILE, expected_shapes, meta_model, read_json, resolve
 
 EQUAL, DIFFERENT, NOT_COMPARABLE = 0, 1, 2
 LISTED = 20
-SIDECAR = "fp8_scales.safetensors"
+WAY_BACK = "way back: "
 
 # Fields that say nothing about what the weights compute.
 _INCIDENTAL_FIELDS = {
@@ -83,7 +83,7 @@ class Side:
             layout = detect_layout(raw)
             config = KeyeConfig.from_pretrained(folder)
             stored = Checkpoint.open(folder)
-            sidecar = folder / SIDECAR
+            sidecar = folder / SCALES_FILE
             scales = Checkpoint.open(sidecar) if layout is None and sidecar.is_file() else None
         return cls(label, folder, raw, layout, stored, config, scales)
 
@@ -136,8 +136,7 @@ class Side:
     @property
     def block(self) -> tuple[int, int]:
         """Rows and columns of the stored weights that share one fp8 scale."""
-        block = (self.raw.get("quantization_config") or {}).get("weight_block_size")
-        return tuple(block) if block else FP8_BLOCK
+        return fp8_block(self.raw)
 
     def streams(self) -> dict[str, TensorStream]:
         """Every tensor under the folder's own (canonical) name."""
@@ -145,7 +144,7 @@ class Side:
 
     def scale_streams(self) -> dict[str, TensorStream]:
         """The kept fp8 scales beside weights of ours."""
-        names = {name: f"{SIDECAR}: {name}" for name in self.scales or ()}
+        names = {name: f"{SCALES_FILE}: {name}" for name in self.scales or ()}
         return {label: stored_stream(label, self.scales, self.scales[name]) for name, label in names.items()}
 
     def our_streams(self, part: str = "", dtype: torch.dtype | None = None) -> dict[str, TensorStream]:
@@ -212,7 +211,7 @@ def _keeps_dtype(stream: TensorStream) -> bool:
 def _blaming(label: str, folder: str | Path):
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         raise NotComparableError(f"{label} ({folder}) cannot be read: {' '.join(str(error).split())}") from error
 
 
@@ -229,7 +228,6 @@ class Report:
     differences: list[Difference] = field(default_factory=list)
     more_differences: int = 0
     way_back: str = ""
-    notes: list[str] = field(default_factory=list)
     config: list[dict] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -283,7 +281,7 @@ def verify(a: str | Path, b: str | Path, *, allow_dtype: bool = False, progress:
     if one.scales is not None and two.scales is not None:
         left, right = {**left, **one.scale_streams()}, {**right, **two.scale_streams()}
     elif own_names and one.scales != two.scales:
-        report.warnings.append(f"only {'A' if two.scales is None else 'B'} holds {SIDECAR}")
+        report.warnings.append(f"only {'A' if two.scales is None else 'B'} holds {SCALES_FILE}")
     _drop_new_vision(report, one, two, left, right)
     ignored = {name for side in (one, two) if own_names and side.layout for name in side.unused}
     pairs = [(name, left.get(name), right.get(name)) for name in sorted({*left, *right})]
@@ -316,6 +314,8 @@ def _compare_pair(
         return compare(x, y, progress)
     except (CheckpointError, OSError) as error:
         message = " ".join(str(error).split())
+        if y.name.startswith(WAY_BACK) and isinstance(error, CheckpointError):
+            return [Difference(y.name, "unreadable", message)]
         raise NotComparableError(f"{one.folder} and {two.folder} cannot be compared: {message}") from error
 
 
@@ -338,11 +338,11 @@ def _drop_new_vision(report: Report, one: Side, two: Side, left: dict, right: di
     for side, other, other_streams in ((one, two, right), (two, one, left)):
         if side.has_vision or not other.has_vision:
             continue
-        new = [name for name in other_streams if not name.startswith(TEXT_PREFIXES)]
+        new = [name for name in other_streams if is_vision(name)]
         for name in new:
             del other_streams[name]
         if new:
-            report.notes.append(
+            report.warnings.append(
                 f"{side.label} is a text checkpoint: {plural(len(new), 'tensor')} of tower and projector are in "
                 f"{other.label} only and were not compared"
             )
@@ -355,14 +355,10 @@ def _way_back(report: Report, one: Side, two: Side) -> list[tuple[str, TensorStr
     if published is None or ours is None:
         return []
     if ours.scales is None:
-        report.way_back = f"not checked: {ours.label} holds no {SIDECAR}"
-        report.warnings.append(f"the way back to fp8 was not checked, because {ours.label} holds no {SIDECAR}")
+        report.way_back = f"not checked: {ours.label} holds no {SCALES_FILE}"
+        report.warnings.append(f"the way back to fp8 was not checked, because {ours.label} holds no {SCALES_FILE}")
         return []
-    kept = {
-        name: entry
-        for name, entry in ours.stored.items()
-        if published.layout.has_vision or name.startswith(TEXT_PREFIXES)
-    }
+    kept = {name: entry for name, entry in ours.stored.items() if published.layout.has_vision or not is_vision(name)}
     source = ours.stored.merged(ours.scales)
     with _blaming(ours.label, ours.folder):
         recipes = plan_publishing(published.layout, {**kept, **ours.scales}, block=published.block)
@@ -370,7 +366,7 @@ def _way_back(report: Report, one: Side, two: Side) -> list[tuple[str, TensorStr
     for name, entry in published.canonical.items():
         if name in published.unused:
             continue
-        label = f"way back: {name}"
+        label = f"{WAY_BACK}{name}"
         there = stored_stream(label, published.stored, entry)
         here = replace(recipe_stream(recipes[name], source), name=label) if name in recipes else None
         pairs.append((label, there, here) if published is one else (label, here, there))
@@ -475,7 +471,6 @@ def format_report(report: Report) -> str:
     lines += [f"  {difference}" for difference in report.differences]
     if report.more_differences:
         lines.append(f"  and {report.more_differences:,} more")
-    lines += report.notes
     if report.way_back:
         lines.append(f"way back: {report.way_back}")
     lines.append("configuration: " + ("differs" if report.config else "same"))
@@ -487,8 +482,7 @@ def format_report(report: Report) -> str:
     return "\n".join([*lines, "", report.verdict])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m conversion.verify", description="Prove that two checkpoint folders hold the same model."
     )
@@ -496,7 +490,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("b", metavar="B", help="another one, in the same layout or not")
     parser.add_argument("--allow-dtype", action="store_true", help="another dtype with equal values counts as equal")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    args = build_parser().parse_args(argv)
     try:
         report = verify(args.a, args.b, allow_dtype=args.allow_dtype, progress=True)
     except NotComparableError as error:

@@ -65,8 +65,8 @@ class StoredTensor:
 class Checkpoint(Mapping[str, StoredTensor]):
     """The tensors of one or several safetensors files by name, in the order in which they lie on disk.
 
-    Attributes: `folder` (where the checkpoint was opened, None for a list of files), `files` (sorted), `metadata` (the
-    index's own, empty without an index). Holds no open file; may be used from several threads and pickled.
+    Attributes: `folder` (where the checkpoint was opened, None for a list of files), `files` (sorted). Holds no open
+    file; may be used from several threads and pickled.
     """
 
     def __init__(
@@ -74,11 +74,9 @@ class Checkpoint(Mapping[str, StoredTensor]):
         tensors: Iterable[StoredTensor],
         files: Iterable[Path],
         folder: Path | None = None,
-        metadata: dict | None = None,
     ):
         self.folder = folder
         self.files = sorted(files)
-        self.metadata = metadata or {}
         self._tensors: dict[str, StoredTensor] = {}
         for tensor in sorted(tensors, key=lambda t: (str(t.file), t.offset, t.nbytes, t.name)):
             first = self._tensors.setdefault(tensor.name, tensor)
@@ -120,7 +118,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
     @classmethod
     def _open_sharded(cls, folder: Path) -> "Checkpoint":
         index = folder / INDEX_NAME
-        weight_map, metadata = _read_index(index)
+        weight_map = _read_index(index)
         shards = {name: folder / name for name in sorted(set(weight_map.values()))}
         missing = [name for name, file in shards.items() if not file.is_file()]
         if missing:
@@ -129,7 +127,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
                 "download the missing files"
             )
         files = sorted(set(shards.values()))
-        checkpoint = cls([tensor for file in files for tensor in _read_header(file)], files, folder, metadata)
+        checkpoint = cls([tensor for file in files for tensor in _read_header(file)], files, folder)
         absent = [name for name in weight_map if name not in checkpoint]
         if absent:
             raise CheckpointError(
@@ -202,8 +200,8 @@ def _read_into(buffer: memoryview, file: Path, offset: int) -> int:
     return done
 
 
-def _read_index(index: Path) -> tuple[dict[str, str], dict]:
-    """`weight_map` and `metadata`; every file named lies in the index's folder, by its name, and is no pickle.
+def _read_index(index: Path) -> dict[str, str]:
+    """`weight_map`; every file named lies in the index's folder, by its name, and is no pickle.
 
     Names are not resolved: in the Hub's cache each file is a link into another folder.
     """
@@ -211,8 +209,8 @@ def _read_index(index: Path) -> tuple[dict[str, str], dict]:
         content = _parse_json(index.read_bytes(), str(index))
     except OSError as error:
         raise CheckpointError(f"cannot read {index}: {error}") from error
-    weight_map, metadata = content.get("weight_map"), content.get("metadata") or {}
-    if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(content.get("metadata") or {}, dict):
         raise CheckpointError(f"{index} is no index: expected an object 'weight_map' of tensor names and file names")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file.isprintable():
@@ -226,7 +224,7 @@ def _read_index(index: Path) -> tuple[dict[str, str], dict]:
             raise CheckpointError(f"{index} names {file!r}, a pickle; convert it to safetensors first")
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{index} names {file!r} for {name!r}; expected a .safetensors file")
-    return weight_map, metadata
+    return weight_map
 
 
 def _read_header(file: Path) -> list[StoredTensor]:

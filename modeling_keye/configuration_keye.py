@@ -6,6 +6,7 @@ switches; `KeyeConfig.from_preset` names them.
 """
 
 import json
+import math
 import os
 from typing import Any, ClassVar
 
@@ -176,6 +177,13 @@ class KeyeTextConfig(TranslatesPublished, PreTrainedConfig):
         index_n_heads (`int`, defaults to 64), index_head_dim (`int`, defaults to 128): heads of the indexer.
         local_window (`int`, *optional*, defaults to 128): each query also keeps itself and this many tokens before it.
         anchor_stride (`int`, *optional*, defaults to 64): each query also keeps every `anchor_stride`-th token.
+        indexer_loss_coef (`float`, defaults to 0.0): weight of the indexer's own loss in training, per layer; with 0
+            none is computed. The loss follows what is backpropagated from the model's output, so no training loop
+            has to add it.
+        indexer_stage (`str`, defaults to `"adaptation"`): what the indexer learns while `indexer_loss_coef` is above
+            0: `"warmup"`: training attends densely, and the indexer is drawn to that distribution over all tokens
+            (freeze the rest with `training.indexer_training.freeze_all_but_indexer`); `"adaptation"`: training reads
+            the selection, and the indexer is drawn to the attention over the selected tokens.
         layer_types (`list[str]`, *optional*): per layer `"indexed_attention"` (the selection above) or
             `"full_attention"` (dense). Defaults to the selection everywhere, or dense when all three parts are off.
         mlp_layer_types (`list[str]`, *optional*): per layer `"dense"` or `"sparse"` (experts). Defaults to
@@ -191,7 +199,13 @@ class KeyeTextConfig(TranslatesPublished, PreTrainedConfig):
 
     model_type = "keye_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "indexer_selections"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "router_logits",
+        "indexer_selections",
+        "indexer_loss",
+        "indexer_recall",
+    ]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_local_experts": "n_routed_experts",
         "num_experts": "n_routed_experts",
@@ -223,6 +237,8 @@ class KeyeTextConfig(TranslatesPublished, PreTrainedConfig):
     index_head_dim: int = 128
     local_window: int | None = 128
     anchor_stride: int | None = 64
+    indexer_loss_coef: float | int = 0.0
+    indexer_stage: str = "adaptation"
     vocab_size: int = 129280
     hidden_size: int = 7168
     intermediate_size: int = 18432
@@ -317,6 +333,14 @@ class KeyeTextConfig(TranslatesPublished, PreTrainedConfig):
         for name in (*counts, "head_dim", "max_position_embeddings"):
             _positive(name, getattr(self, name))
         _positive("local_window", self.local_window, least=0)
+        _one_of("indexer_stage", self.indexer_stage, ("warmup", "adaptation"))
+        if not 0 <= self.indexer_loss_coef < math.inf:
+            raise ValueError(f"`indexer_loss_coef` is {self.indexer_loss_coef}; it must be a number from 0 up.")
+        if self.indexer_loss_coef and (self.indexer_type is None or INDEXED_LAYER_TYPE not in self.layer_types):
+            raise ValueError(
+                f"`indexer_loss_coef` is {self.indexer_loss_coef}, but no layer has an indexer to train. Set it to 0, "
+                "or give the model an indexer with `KeyeConfig.with_indexer`."
+            )
         if self.attention_dropout:
             raise ValueError(
                 f"`attention_dropout` is {self.attention_dropout}; the decoder has no attention dropout: set it to 0."
@@ -429,7 +453,14 @@ class KeyeConfig(TranslatesPublished, PreTrainedConfig):
     model_type = "keye"
     sub_configs_defaults = {"vision_config": KeyeVisionConfig, "text_config": KeyeTextConfig}
     sub_configs = {"vision_config": KeyeVisionConfig, "text_config": KeyeTextConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "rope_deltas", "router_logits", "indexer_selections"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "rope_deltas",
+        "router_logits",
+        "indexer_selections",
+        "indexer_loss",
+        "indexer_recall",
+    ]
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None

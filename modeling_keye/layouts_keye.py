@@ -6,8 +6,11 @@ computation and that `KeyeForVideoQA` cannot follow is refused; other unknown ke
 left out. Sizes are never guessed: a missing one is an error.
 """
 
+import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 # The classes of this project; their configurations need no translation.
 OUR_MODEL_TYPES = ("keye", "keye_text", "keye_vision")
@@ -51,8 +54,12 @@ _TEXT_FALLBACKS = {
 }
 _LATENT_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _GROUPED_EXPERTS = ("n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob")
+# The layouts whose published code reads an indexer, and which kinds.
+_INDEXERS = {"keye_vl_2": (None, "keye_vl_2"), "deepseek_v32": ("deepseek_v32",)}
 # The published code takes these, not the shipped 16 x 64, where `sa_config` is silent.
 _INDEXER_KEYS = {"indexer_num_heads": 4, "indexer_head_dim": 128, "topk": 2048}
+# DeepSeek-V3's, where the file does not say how many rows and columns share a scale.
+FP8_BLOCK = (128, 128)
 # In a nested file these may stand at the top and in `text_config`, and must agree.
 _DECODER_KEYS = (
     *_TEXT_SIZES,
@@ -73,6 +80,7 @@ _DECODER_KEYS = (
     "num_experts_per_tok",
     "moe_intermediate_size",
     *_GROUPED_EXPERTS,
+    "quantization_config",
 )
 # Settings per rotary type that the decoder can compute.
 _ROPE_KEYS = {
@@ -91,6 +99,142 @@ _ROPE_KEYS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 _SAME_ROPE = {"mrope": "default", "deepseek_yarn": "yarn"}
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+# Settings of other decoders, with the values that leave this one's computation as it is (null always does).
+_HARMLESS: dict[str, tuple] = {
+    "attention_dropout": (0,),
+    "use_sliding_window": (False,),
+    "mlp_bias": (False,),
+    "attn_output_gate": (False,),
+    "parallel_residual": (False,),
+    "use_parallel_residual": (False,),
+    "residual_multiplier": (1,),
+    "embedding_multiplier": (1,),
+    "lm_head_multiplier": (1,),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "scale_emb": (1,),
+    "num_kv_shared_layers": (0,),
+    "attention_multiplier": (),
+    "query_pre_attn_scalar": (),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "attention_chunk_size": (),
+    "clip_qkv": (),
+}
+
+
+def _is_whole(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    # float32 holds no more, and a NaN is not below anything.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e38
+
+
+def _is_list(value: object, is_item: Callable[[object], bool]) -> bool:
+    return isinstance(value, list) and all(map(is_item, value))
+
+
+# What a value must be unless it is null: words, test, the keys it is asked of.
+_KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    (
+        "a whole number from 1 up",
+        lambda value: _is_whole(value, 1),
+        (
+            *_TEXT_SIZES,
+            *_VISION_SIZES,
+            *_LATENT_SIZES,
+            *_INDEXER_KEYS,
+            "q_lora_rank",
+            "intermediate_size",
+            "moe_intermediate_size",
+            "num_key_value_heads",
+            "head_dim",
+            "num_channels",
+            "tokens_per_second",
+            "index_topk",
+            "index_n_heads",
+            "index_head_dim",
+            "n_routed_experts",
+            "num_experts_per_tok",
+            "n_group",
+            "topk_group",
+            "moe_layer_freq",
+            "original_max_position_embeddings",
+        ),
+    ),
+    (
+        "a whole number from 0 up",
+        _is_whole,
+        (
+            *_TOKEN_IDS,
+            *_OTHER_TOKEN_IDS,
+            "bos_token_id",
+            "num_experts",
+            "num_local_experts",
+            "n_shared_experts",
+            "first_k_dense_replace",
+            "decoder_sparse_step",
+        ),
+    ),
+    ("a whole number", lambda value: _is_whole(value, -1), ("pad_token_id",)),
+    (
+        "a whole number or a list of them",
+        lambda value: _is_whole(value) or _is_list(value, _is_whole),
+        ("eos_token_id",),
+    ),
+    (
+        "a number",
+        _is_number,
+        (
+            "rms_norm_eps",
+            "layer_norm_eps",
+            "initializer_range",
+            "attention_dropout",
+            "routed_scaling_factor",
+            "mscale",
+            "mscale_all_dim",
+        ),
+    ),
+    (
+        "a number above 0",
+        lambda value: _is_number(value) and value > 0,
+        (
+            "rope_theta",
+            "factor",
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+            "low_freq_factor",
+            "high_freq_factor",
+        ),
+    ),
+    (
+        "true or false",
+        lambda value: isinstance(value, bool),
+        ("attention_bias", "use_cache", "norm_topk_prob", "rope_interleave", "truncate", "tie_word_embeddings"),
+    ),
+    (
+        "a string",
+        lambda value: isinstance(value, str),
+        ("hidden_act", "dtype", "torch_dtype", "type", "rope_type"),
+    ),
+    (
+        "a list of strings",
+        lambda value: _is_list(value, lambda item: isinstance(item, str)),
+        ("architectures", "layer_types", "mlp_layer_types", "indexer_types"),
+    ),
+    ("a list of whole numbers", lambda value: _is_list(value, _is_whole), ("mlp_only_layers", "mrope_section")),
+    (
+        "two whole numbers from 1 up, rows and columns",
+        lambda value: _is_list(value, lambda item: _is_whole(item, 1)) and len(value) == 2,
+        ("weight_block_size",),
+    ),
+    ("an object", lambda value: isinstance(value, dict), ("sa_config", "quantization_config")),
+)
+_KIND_OF = {name: (words, is_kind) for words, is_kind, names in _KINDS for name in names}
 
 
 @dataclass(frozen=True)
@@ -236,14 +380,19 @@ def our_config(raw: dict) -> dict:
         first = text["vocab_size"] - 5
         order = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
         ours.update({name: first + number for number, name in enumerate(order)})
-    dtype = keys.get("dtype", keys.get("torch_dtype"))
     quantization = keys.get("quantization_config")
     if quantization is not None:
         if quantization.get("quant_method") != "fp8":
             keys.refuse("quantization_config", "only fp8 in blocks, as DeepSeek-V3 stores it, can be read.")
+        fp8_block(raw)
+    dtype_key = "dtype" if keys.get("dtype") is not None else "torch_dtype"
+    dtype = keys.get(dtype_key)
+    if quantization is not None and dtype in (None, "float8_e4m3fn"):
         # The weights are multiplied out while they are loaded; what is left is an ordinary checkpoint.
-        dtype = "bfloat16" if dtype is None or "float8" in dtype else dtype
+        dtype = "bfloat16"
     if dtype is not None:
+        if dtype not in _DTYPES:
+            keys.refuse(dtype_key, f"it must be one of {', '.join(_DTYPES)}.")
         ours["dtype"] = dtype
     return ours
 
@@ -278,11 +427,27 @@ def published_config(config: dict, layout: Layout) -> dict:
     return raw
 
 
+def fp8_block(raw: dict) -> tuple[int, int]:
+    """Rows and columns of a weight that share one fp8 scale, by a `config.json`; 128 x 128 where it is silent.
+
+    Raises `ValueError` when `weight_block_size` is anything but two whole numbers from 1 up.
+    """
+    for part in (raw, raw.get("text_config")):
+        if isinstance(part, dict) and part.get("quantization_config") is not None:
+            settings = _Keys(_Keys(part).need("quantization_config"), "quantization_config")
+            return tuple(settings.get("weight_block_size", FP8_BLOCK))
+    return FP8_BLOCK
+
+
 class _Keys:
-    """Keys of one part of a `config.json`."""
+    """Keys of one part of a `config.json`. Raises `ValueError` for a value that is not of its kind."""
 
     def __init__(self, values: dict, where: str = "config.json"):
         self.values, self.where = values, where
+        for name, value in values.items():
+            words, is_kind = _KIND_OF.get(name, ("", None))
+            if is_kind and value is not None and not is_kind(value):
+                self.refuse(name, f"it must be {words}.")
 
     def get(self, name: str, default=None):
         value = self.values.get(name)
@@ -344,15 +509,14 @@ def _vision(raw: dict, layout: Layout) -> dict:
     }
 
 
-def _common_text(keys: _Keys) -> dict:
-    if keys.get("attention_dropout"):
-        keys.refuse("attention_dropout", "the decoder has no attention dropout; set it to 0.")
+def _common_text(keys: _Keys, layout: Layout) -> dict:
     if keys.get("tie_word_embeddings"):
         keys.refuse("tie_word_embeddings", "published Keye checkpoints store `lm_head.weight`; set it to false.")
-    if keys.get("use_sliding_window"):
-        keys.refuse("use_sliding_window", "the decoder has no sliding-window attention; set it to false.")
-    if keys.get("mlp_bias"):
-        keys.refuse("mlp_bias", "the MLPs of the decoder have no bias; set it to false.")
+    # Qwen3 normalises queries and keys per head, DeepSeek their latents only.
+    for name, harmless in {**_HARMLESS, "use_qk_norm": (not layout.latent_attention,)}.items():
+        if keys.values.get(name) not in (None, *harmless):
+            allowed = " or ".join(json.dumps(value) for value in (*harmless, None))
+            keys.refuse(name, f"the decoder does not compute this; only {allowed} can be loaded.")
     return {
         **{name: keys.need(name) for name in _TEXT_SIZES},
         "rms_norm_eps": keys.need("rms_norm_eps"),
@@ -366,7 +530,7 @@ def _common_text(keys: _Keys) -> dict:
 
 def _grouped_text(keys: _Keys, layout: Layout) -> dict:
     """Preview, 1.5 and 2.0: Qwen3's decoder."""
-    text = {"attention_type": "gqa", **_common_text(keys)}
+    text = {"attention_type": "gqa", **_common_text(keys, layout)}
     text["num_key_value_heads"] = keys.need("num_key_value_heads")
     text["head_dim"] = keys.need("head_dim")
     text["rope_parameters"] = _rope(keys)
@@ -375,6 +539,8 @@ def _grouped_text(keys: _Keys, layout: Layout) -> dict:
     text.update(_softmax_experts(keys, layout))
     sa_config = keys.get("sa_config")
     text["indexer_type"] = None
+    if sa_config is not None and layout.name != "keye_vl_2":
+        keys.refuse("sa_config", f"a {layout.name} checkpoint has no indexer; check `architectures` or remove it.")
     if sa_config is not None:
         indexer = _Keys(sa_config, "sa_config")
         if indexer.get("indexer_num_kv_heads", 1) != 1:
@@ -427,7 +593,7 @@ def _softmax_experts(keys: _Keys, layout: Layout) -> dict:
 
 def _latent_text(keys: _Keys, layout: Layout) -> dict:
     """671B and DeepSeek: latent attention, experts behind a sigmoid router with groups."""
-    text = {"attention_type": "mla", **_common_text(keys)}
+    text = {"attention_type": "mla", **_common_text(keys, layout)}
     text.update({name: keys.need(name) for name in _LATENT_SIZES})
     text["q_lora_rank"] = keys.need_or_null("q_lora_rank")
     text["num_key_value_heads"] = keys.get("num_key_value_heads", text["num_attention_heads"])
@@ -611,7 +777,6 @@ def _refuse_unsayable(config: dict, layout: Layout) -> None:
     preview = layout.name == "keye_vl_preview"
     wanted = [
         (text, "attention_type", ("mla" if latent else "gqa",)),
-        (text, "indexer_type", (None, "deepseek_v32" if latent else "keye_vl_2")),
         (text, "local_window", (None,)),
         (text, "anchor_stride", (None,)),
         (config, "tie_word_embeddings", (False, None)),
@@ -622,16 +787,22 @@ def _refuse_unsayable(config: dict, layout: Layout) -> None:
             wanted.append((text, "mlp_layer_types", (["dense"] * text["num_hidden_layers"],)))
         if not latent:
             wanted += [(text, "n_shared_experts", (0,)), (text, "routed_scaling_factor", (1, 1.0))]
-    if layout.name == "deepseek_v3":
-        wanted.append((text, "indexer_type", (None,)))
-    if layout.name == "deepseek_v32":
-        wanted.append((text, "indexer_type", ("deepseek_v32",)))
     if layout.has_vision:
         wanted += [
             (config, "video_position_ids", ("clip" if preview else "frame",)),
             (vision, "video_attention", ("clip" if preview else "frame",)),
             (vision, "projector_norm", ("pre_merge" if preview else "post_merge",)),
         ]
+    indexer, known = text["indexer_type"], _INDEXERS.get(layout.name, (None,))
+    if indexer not in known:
+        way_out = "train an indexer (`KeyeConfig.with_indexer`)"
+        if indexer is not None:
+            able = [name for name, kinds in _INDEXERS.items() if indexer in kinds]
+            way_out = f"{' or '.join(able)} can carry it: write that layout, if the rest of the model fits it"
+        raise ValueError(
+            f"`indexer_type` is {indexer!r}, but a {layout.name} checkpoint can only say "
+            f"{' or '.join(repr(kind) for kind in known)}; {way_out}, or keep the checkpoint in our layout."
+        )
     for part, name, allowed in wanted:
         if part.get(name) not in allowed:
             raise ValueError(
@@ -650,4 +821,4 @@ def _refuse_unsayable(config: dict, layout: Layout) -> None:
         raise ValueError(f"`mrope_section` is {sections!r}; a {layout.name} checkpoint has {expected}.")
 
 
-__all__ = ["LAYOUTS", "Layout", "detect_layout", "our_config", "published_config"]
+__all__ = ["LAYOUTS", "Layout", "detect_layout", "fp8_block", "our_config", "published_config"]

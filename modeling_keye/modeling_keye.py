@@ -26,6 +26,7 @@ from .attention_keye import ATTENTIONS, KeyeAttention, KeyeIndexerRotaryEmbeddin
 from .cache_keye import adopt_growing_layers
 from .configuration_keye import KeyeConfig, KeyeTextConfig, KeyeVisionConfig
 from .generation_keye import KeyeGenerationMixin
+from .indexer_objective_keye import LossScale, attach_objective, follow_loss, labelled_share
 from .loading_keye import published_state_dict
 from .positions_keye import rope_index
 from .sparse_attention_keye import ATTENTION_NAME
@@ -142,9 +143,16 @@ class KeyeDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = KeyeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = KeyeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+    def forward(
+        self, hidden_states: torch.Tensor, objective: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """hidden_states [B, S, hidden] -> the same; with `objective` [2], the sums of the layers so far, also those."""
+        attended = self.self_attn(self.input_layernorm(hidden_states), with_objective=objective is not None, **kwargs)
+        hidden_states = hidden_states + attended[0]
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        if objective is None:
+            return hidden_states
+        return hidden_states, objective if attended[3] is None else objective + attended[3]
 
 
 class KeyePreTrainedModel(PreTrainedModel):
@@ -241,6 +249,9 @@ class KeyeModelOutputWithPast(ModelOutput):
     rope_deltas: int64 [B, 1], what a text token's position adds to its slot (three-axis position ids only).
     indexer_selections: one int32 [B, S, K] per layer that selects, in order: the slots that each query kept
         (`output_indexer_selections=True`).
+    indexer_loss: float32 [], the KL divergence that trains the indexer, mean over real tokens and over layers, without
+        gradient; indexer_recall: float32 [], the share of the dense attention that the selection catches, mean over a
+        sample of tokens and over layers. Both in training with `indexer_loss_coef` above 0, else None.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -249,6 +260,8 @@ class KeyeModelOutputWithPast(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
     indexer_selections: tuple[torch.Tensor, ...] | None = None
+    indexer_loss: torch.Tensor | None = None
+    indexer_recall: torch.Tensor | None = None
     rope_deltas: torch.Tensor | None = None
 
 
@@ -263,6 +276,8 @@ class KeyeForVideoQAOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
     indexer_selections: tuple[torch.Tensor, ...] | None = None
+    indexer_loss: torch.Tensor | None = None
+    indexer_recall: torch.Tensor | None = None
     rope_deltas: torch.Tensor | None = None
 
 
@@ -288,6 +303,7 @@ class KeyeTextModel(KeyePreTrainedModel):
         self.rotary_emb = KeyeRotaryEmbedding(config)
         self.index_rotary_emb = KeyeIndexerRotaryEmbedding(config) if config.indexer_type == "keye_vl_2" else None
         self.gradient_checkpointing = False
+        self.indexer_loss_scale = LossScale()
         self.post_init()
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
@@ -319,6 +335,7 @@ class KeyeTextModel(KeyePreTrainedModel):
             position_ids: [B, S], or [3, B, S] (time, height, width) when the configuration has `mrope_section`; a
                 fourth, leading text row is accepted and ignored.
             prefill_chunk_size (keyword): overrides the configuration's for this call.
+            indexer_loss_scale (keyword): where the scale of this call's loss will stand, see `follow_loss`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
@@ -337,33 +354,54 @@ class KeyeTextModel(KeyePreTrainedModel):
         mask, first_slot = self._prepare_mask(attention_mask, batch, offset + num_queries)
         position_ids = self._prepare_positions(position_ids, mask, batch, offset, num_queries, inputs_embeds.device)
 
+        scale = kwargs.pop("indexer_loss_scale", None)
+        objective = self._start_objective(inputs_embeds.device)
         outputs = []
         for begin in range(0, num_queries, chunk):
             end = min(begin + chunk, num_queries)
-            outputs.append(
-                self._decode(
-                    inputs_embeds[:, begin:end],
-                    position_ids[..., begin:end],
-                    mask if mask is None or mask.dim() == 4 else mask[:, : offset + end],
-                    past_key_values,
-                    offset + begin,
-                    first_slot,
-                    **kwargs,
-                )
+            hidden_states, objective = self._decode(
+                inputs_embeds[:, begin:end],
+                objective,
+                position_ids[..., begin:end],
+                mask if mask is None or mask.dim() == 4 else mask[:, : offset + end],
+                past_key_values,
+                offset + begin,
+                first_slot,
+                **kwargs,
             )
+            outputs.append(hidden_states)
         hidden_states = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        loss = recall = None
+        if objective is not None:
+            scales = (self.indexer_loss_scale,) if scale is None else (scale, self.indexer_loss_scale)
+            hidden_states = attach_objective(hidden_states, objective, self.config.indexer_loss_coef, scales)
+            num_indexers = sum(layer.self_attn.indexer is not None for layer in self.layers)
+            loss, recall = (objective.detach() / num_indexers).unbind()
         return KeyeModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values if keep_cache else None
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if keep_cache else None,
+            indexer_loss=loss,
+            indexer_recall=recall,
         )
 
-    def _decode(self, hidden_states, position_ids, mask, past_key_values, query_offset, first_slot, **kwargs):
+    def _start_objective(self, device) -> torch.Tensor | None:
+        """Zeros [2] for the layers to add their losses and recalls to, None when the indexer is not to be trained."""
+        if not (self.training and torch.is_grad_enabled() and self.config.indexer_loss_coef):
+            return None
+        # It travels beside the hidden states and asks for a gradient: reentrant checkpoints need an input that does.
+        return torch.zeros(2, device=device, requires_grad=True)
+
+    def _decode(
+        self, hidden_states, objective, position_ids, mask, past_key_values, query_offset, first_slot, **kwargs
+    ):
         positions = self.rotary_emb(hidden_states, position_ids)
         index_positions = None
         if self.index_rotary_emb is not None:
             index_positions = self.index_rotary_emb(hidden_states, position_ids)
         for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states = layer(
+            output = layer(
                 hidden_states,
+                objective,
                 position_embeddings=positions,
                 index_position_embeddings=index_positions,
                 attention_mask=mask,
@@ -372,7 +410,8 @@ class KeyeTextModel(KeyePreTrainedModel):
                 first_slot=first_slot,
                 **kwargs,
             )
-        return self.norm(hidden_states)
+            hidden_states, objective = (output, None) if objective is None else output
+        return self.norm(hidden_states), objective
 
     def _chunk_size(self, num_queries: int, kwargs: dict) -> int:
         chunk = kwargs.pop("prefill_chunk_size", None)
@@ -675,8 +714,8 @@ class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
     def attention_backend_report(self) -> list[dict]:
         """Per decoder layer: implementation, what a query keeps, and which backend ran in the last call.
 
-        `ran` is "torch" (the selection was made and read), "dense" (every query kept everything, so nothing had to be
-        selected), "dense mask" (`eager`), or None before the first call.
+        `ran` is "torch" or "triton" (the selection was made and read), "dense" (every query kept everything, so nothing
+        had to be selected), "dense mask" (`eager`), or None before the first call.
         """
         report = []
         for i, layer in enumerate(self.model.language_model.layers):
@@ -692,6 +731,13 @@ class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
                 }
             )
         return report
+
+    def follow_loss(self, loss: torch.Tensor, share: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """For a loss that is not `outputs.loss`: returns it unchanged, and from then on the indexer's loss is scaled
+        as it is (accumulation, loss scaling of mixed precision); without this, its weight per backward pass is
+        `indexer_loss_coef` as it stands. `share`: what part of an optimizer step this batch is, where `loss` is
+        already divided by the whole step."""
+        return follow_loss(loss, self.model.language_model.indexer_loss_scale, share)
 
     @can_return_tuple
     def forward(
@@ -720,6 +766,7 @@ class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
 
         The other arguments are those of `KeyeModel.forward`.
         """
+        scale = None if labels is None else LossScale()
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -734,6 +781,7 @@ class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
             return_dict=True,
+            indexer_loss_scale=scale,
             **kwargs,
         )
         partial = not isinstance(logits_to_keep, int) or logits_to_keep > 0
@@ -746,6 +794,8 @@ class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
+            if outputs.indexer_loss is not None:
+                loss = follow_loss(loss, scale, labelled_share(labels, kwargs.get("num_items_in_batch")))
         return KeyeForVideoQAOutput(
             loss=loss,
             logits=logits,
@@ -754,6 +804,8 @@ class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             indexer_selections=outputs.indexer_selections,
+            indexer_loss=outputs.indexer_loss,
+            indexer_recall=outputs.indexer_recall,
             rope_deltas=outputs.rope_deltas,
         )
 

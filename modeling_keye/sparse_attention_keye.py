@@ -27,6 +27,8 @@ from .sparse_reference_keye import select_tokens as _torch_select_tokens
 from .sparse_reference_keye import sparse_gqa as _torch_sparse_gqa
 from .sparse_reference_keye import sparse_mla as _torch_sparse_mla
 from .triton_common_keye import triton_usable
+from .triton_gqa_keye import sparse_gqa as _triton_sparse_gqa
+from .triton_gqa_keye import unsupported as _unsupported_by_triton_gqa
 from .triton_mla_keye import sparse_mla as _triton_sparse_mla
 from .triton_mla_keye import unsupported as _unsupported_by_triton_mla
 from .triton_selection_keye import select_tokens as _triton_select_tokens
@@ -88,15 +90,18 @@ def resolve_backend(name: str, device: torch.device, *dtypes: torch.dtype, probl
 
 def mla_backend(q: torch.Tensor, kv: torch.Tensor, value_dim: int, backend: str = "auto") -> str:
     """The backend that `sparse_mla` runs for these inputs; raises `ValueError` when a named one cannot."""
-    usable = backend == "triton" or (backend == "auto" and q.is_cuda)
-    problem = _unsupported_by_triton_mla(q, kv, value_dim) if usable and not triton_usable(q.device) else None
+    problem = _unsupported_by_triton_mla(q, kv, value_dim) if _asks_for_triton(backend, q) else None
     return resolve_backend(backend, q.device, q.dtype, kv.dtype, problem=problem)
 
 
-def gqa_backend(q: torch.Tensor, backend: str = "auto") -> str:
+def gqa_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str = "auto") -> str:
     """The backend that `sparse_gqa` runs for these inputs; raises `ValueError` when a named one cannot."""
-    problem = 'There is no Triton kernel for grouped-query attention; choose the backend "torch".'
-    return resolve_backend(backend, q.device, q.dtype, problem=problem)
+    problem = _unsupported_by_triton_gqa(q, k, v) if _asks_for_triton(backend, q) else None
+    return resolve_backend(backend, q.device, q.dtype, k.dtype, v.dtype, problem=problem)
+
+
+def _asks_for_triton(backend: str, q: torch.Tensor) -> bool:
+    return (backend == "triton" or (backend == "auto" and q.is_cuda)) and triton_usable(q.device) is None
 
 
 def _check(condition: bool, message: str) -> None:
@@ -195,8 +200,7 @@ def sparse_mla(
         f"Queries {tuple(q.shape)} must be [B, S, H, W] and cache rows {tuple(kv.shape)} [B, T, W].",
     )
     _check(indices.shape[:2] == q.shape[:2], f"Indices {tuple(indices.shape)} do not fit queries {tuple(q.shape)}.")
-    chosen = mla_backend(q, kv, value_dim, backend)
-    attend = _triton_sparse_mla if chosen == "triton" else _torch_sparse_mla
+    attend = _triton_sparse_mla if mla_backend(q, kv, value_dim, backend) == "triton" else _torch_sparse_mla
     return attend(q, kv, indices, scaling, value_dim)
 
 
@@ -213,8 +217,8 @@ def sparse_gqa(
         f"Queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit.",
     )
     _check(indices.shape[:2] == q.shape[:2], f"Indices {tuple(indices.shape)} do not fit queries {tuple(q.shape)}.")
-    gqa_backend(q, backend)
-    return _torch_sparse_gqa(q, k, v, indices, scaling)
+    attend = _triton_sparse_gqa if gqa_backend(q, k, v, backend) == "triton" else _torch_sparse_gqa
+    return attend(q, k, v, indices, scaling)
 
 
 def dense_attention(

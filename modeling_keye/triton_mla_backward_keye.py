@@ -26,11 +26,10 @@ import torch
 from .triton_common_keye import jit, on_device, operand_dtype, shared_memory, tl, triton
 from .triton_gather_keye import (
     HOPPER_SHARED,
-    LOG2_E,
     WORKSPACE_BYTES,
     add_rows_in_order,
     add_weighted,
-    fitting_blocks,
+    first_fitting,
     load_rows,
     scores_of,
     used_places,
@@ -66,21 +65,20 @@ class RowTiles:
 def score_tiles(heads: int, latent: int, width: int, element_size: int, shared: int) -> ScoreTiles:
     """Blocks for padded sizes `latent` and `width` that fit `shared` bytes; no length enters."""
     hopper = shared >= HOPPER_SHARED and element_size == 2
-    if hopper:
-        # One group of four warps: the products read the fewest bytes of shared memory.
-        block = 16 if heads <= 16 else 32 if heads <= 32 else 64
-        places, buffers, num_warps = 64, 2, 4
-    elif element_size == 2:
-        block = 16 if heads <= 16 or shared < 128 * 1024 else 32
-        places, buffers, num_warps = 64, 1, 8
-    else:
-        block, places, buffers, num_warps = 16, 16, 1, 8
 
     def size(heads: int, places: int) -> int:
-        return (heads * (width + latent) + buffers * places * width) * element_size
+        buffers = 2 if hopper else 1
+        return (heads * (width + latent) + buffers * places * width + heads * places) * element_size
 
-    block, places = fitting_blocks(block, places, 16 if element_size == 2 else 8, size, shared)
-    return ScoreTiles(block, places, hopper and block < 64 <= places, num_warps, 2)
+    if element_size > 2:
+        blocks = [(16, 16), (8, 16)]
+    else:
+        most = 64 if hopper else 32 if shared > 128 * 1024 else 16
+        blocks = [(64, 64), (64, 32), (64, 16), (32, 64), (32, 32), (32, 16), (16, 64), (16, 32), (16, 16)]
+        blocks = [(block, places) for block, places in blocks if block <= most and block < 2 * max(16, heads)]
+    block, places = first_fitting(blocks, size, shared)
+    # On Hopper one group of four warps: the products then read the fewest bytes of shared memory.
+    return ScoreTiles(block, places, hopper and block < 64 <= places, 4 if hopper else 8, 2)
 
 
 def row_tiles(heads: int, width: int, element_size: int, shared: int) -> RowTiles:
@@ -105,7 +103,6 @@ def _score_gradients_kernel(
     probs_ptr,  # [n, H, P]
     grad_scores_ptr,  # [n, H, P]
     scaling,
-    scale_log2,
     stride_qb,
     stride_qs,
     stride_qh,
@@ -153,7 +150,7 @@ def _score_gradients_kernel(
     o_row = i_query * num_heads + o_head
     b_out = load_rows(out_ptr + o_row * C, m_head, 1, 0, C, BLOCK_C, DOT)
     b_delta = tl.sum(b_out.to(ACC) * b_grad.to(ACC), 1)
-    b_lse = tl.load(lse_ptr + o_row, mask=m_head, other=float("inf")) * 1.4426950408889634
+    b_lse = tl.load(lse_ptr + o_row, mask=m_head, other=float("inf"))
     indices_ptr += i_b * stride_ib + i_s * stride_is
     kv_ptr += i_b * stride_kb
     probs_ptr += i_local * num_heads * row_places
@@ -168,7 +165,7 @@ def _score_gradients_kernel(
         b_scores = scores_of(b_q, b_kv, SWAPPED, ACC)
         if R > 0:
             b_scores += scores_of(b_q_rope, load_rows(kv_rows, m_place, stride_kw, C, R, BLOCK_R, DOT), SWAPPED, ACC)
-        b_probs = tl.exp2(b_scores * scale_log2 - tl.expand_dims(b_lse, PLACE_AXIS))
+        b_probs = tl.exp2((b_scores * scaling - tl.expand_dims(b_lse, PLACE_AXIS)) * 1.4426950408889634)
         # An unused place has score 0, which may be far above the log-sum-exp: infinity times its zero row is not 0.
         b_probs = tl.where(tl.expand_dims(m_place, HEAD_AXIS), b_probs, 0.0)
         b_grad_probs = scores_of(b_grad, b_kv, SWAPPED, ACC)
@@ -330,7 +327,6 @@ def backward(
                 probs,
                 grad_scores,
                 scaling,
-                scaling * LOG2_E,
                 *strides,
                 *sizes,
                 C=latent,

@@ -19,6 +19,7 @@ from .layouts_keye import Layout
 PIECE_BYTES = 8 * 2**20
 
 FP8 = torch.float8_e4m3fn
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SCALE_SUFFIX = "weight_scale_inv"
 FP8_BLOCK = (128, 128)
 
@@ -115,6 +116,7 @@ def plan_loading(
     block: tuple[int, int] = FP8_BLOCK,
     dtype: torch.dtype | None = None,
     fp8_dtype: torch.dtype = torch.bfloat16,
+    prove_fp8: bool = False,
 ) -> dict[str, Recipe]:
     """Published -> ours: one recipe for each expected tensor.
 
@@ -126,6 +128,7 @@ def plan_loading(
         optional: which expected tensors may be absent.
         block: rows and columns that share one fp8 scale.
         dtype: of the results; None keeps what is stored, and makes `fp8_dtype` of fp8 blocks.
+        prove_fp8: a recipe raises `CheckpointError` when its result does not lead back to the fp8 values it is made of.
 
     Raises `CheckpointError` that names the tensors which are missing, unknown, doubled or of another shape.
     """
@@ -141,7 +144,7 @@ def plan_loading(
     experts: dict[str, dict[tuple[int, str], str]] = {}
     scales = {name for name in names if name.endswith(SCALE_SUFFIX)}
     used = set()
-    unknown = []
+    unknown, wrong_dtypes = [], []
     for canonical, name in names.items():
         if canonical in scales:
             continue
@@ -149,6 +152,8 @@ def plan_loading(
         scale = scale if scale in scales else None
         used.add(scale)
         info = stored[name]
+        if info.dtype not in (FP8, *WEIGHT_DTYPES):
+            wrong_dtypes.append(f"dtype: {name} is {info.dtype}; weights are 16, 32 or 64 bit floats, or scaled {FP8}")
         match = _EXPERT.fullmatch(canonical)
         if match and layout.experts is not None:
             experts.setdefault(match[1], {})[int(match[2]), match[3]] = canonical
@@ -159,7 +164,9 @@ def plan_loading(
         elif _FUSED_EXPERTS.fullmatch(canonical):
             recipes[ours] = _swapped(ours, name, info, dtype)
         elif scale is not None or info.dtype == FP8:
-            recipes[ours] = _dequantised(ours, name, info, names.get(scale), stored, block, dtype or fp8_dtype)
+            recipes[ours] = _dequantised(
+                ours, name, info, names.get(scale), stored, block, dtype or fp8_dtype, prove_fp8
+            )
         else:
             recipes[ours] = _copied(ours, name, info, dtype)
     for prefix, members in experts.items():
@@ -167,15 +174,15 @@ def plan_loading(
         for name in ("gate_up_proj", "down_proj"):
             if ours + name in recipes:
                 raise CheckpointError(f"{prefix}{name} is stored both as one tensor and per expert.")
-        recipes.update(_stacked(ours, members, names, stored, block, dtype, fp8_dtype))
+        recipes.update(_stacked(ours, members, names, stored, block, dtype, fp8_dtype, prove_fp8))
     unknown += [names[scale] for scale in scales - used]
 
-    return _checked(recipes, expected, unknown, part, optional, layout)
+    problems = [f"unknown: {name}" for name in sorted(unknown)] + wrong_dtypes
+    return _checked(recipes, expected, problems, part, optional, layout)
 
 
-def _checked(recipes, expected, unknown, part, optional, layout) -> dict[str, Recipe]:
-    """The recipes of `expected`, with every problem in one message."""
-    problems = [f"unknown: {name}" for name in sorted(unknown)]
+def _checked(recipes, expected, problems, part, optional, layout) -> dict[str, Recipe]:
+    """The recipes of `expected`; every problem with them, and those found before, in one message."""
     wanted = {part + name: tuple(shape) for name, shape in expected.items()}
     for name, recipe in recipes.items():
         if name not in wanted:
@@ -319,7 +326,7 @@ def _swapped(name: str, stored_name: str, info: StoredTensor, dtype: torch.dtype
     return Recipe(name, (info.shape[0], info.shape[2], info.shape[1]), dtype, (stored_name,), parts)
 
 
-def _dequantised(name, stored_name, info, scale_name, stored, block, dtype) -> Recipe:
+def _dequantised(name, stored_name, info, scale_name, stored, block, dtype, prove) -> Recipe:
     """fp8 [out, in] times the scale of its block; the last block of a row or column may be partial."""
     _check_fp8(stored_name, info, scale_name, stored, block)
 
@@ -327,7 +334,14 @@ def _dequantised(name, stored_name, info, scale_name, stored, block, dtype) -> R
         scale = source.read(scale_name)
         for start, stop in _row_ranges(info.shape, 4, block[0]):
             rows = source.read(stored_name, start, stop)
-            yield (rows.float() * _spread(scale, start, rows.shape, block)).to(dtype)
+            spread = _spread(scale, start, rows.shape, block)
+            values = (rows.float() * spread).to(dtype)
+            if prove and not torch.equal(_to_fp8(values, spread).view(torch.uint8), rows.view(torch.uint8)):
+                raise CheckpointError(
+                    f"{stored_name!r} holds fp8 values that cannot be restored from {dtype} with their scales "
+                    f"{scale_name!r} (zero, or out of range): the checkpoint is damaged; fetch it again."
+                )
+            yield values
 
     return Recipe(name, info.shape, dtype, (stored_name, scale_name), parts)
 
@@ -356,7 +370,12 @@ def _spread(scale: torch.Tensor, start: int, shape: tuple[int, ...], block: tupl
     return scale[rows][:, columns]
 
 
-def _stacked(ours, members, names, stored, block, dtype, fp8_dtype) -> dict[str, Recipe]:
+def _to_fp8(values: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    # A block of zeros may have the scale zero.
+    return torch.where(spread == 0, values.float(), values.float() / spread).to(FP8)
+
+
+def _stacked(ours, members, names, stored, block, dtype, fp8_dtype, prove) -> dict[str, Recipe]:
     """Per-expert matrices -> [E, gate rows then up rows, in] and [E, out, in]."""
     count = 1 + max(expert for expert, _ in members)
     singles: dict[tuple[int, str], Recipe] = {}
@@ -370,7 +389,9 @@ def _stacked(ours, members, names, stored, block, dtype, fp8_dtype) -> dict[str,
                 )
             name, scale = names[canonical], names.get(canonical.removesuffix("weight") + SCALE_SUFFIX)
             if scale is not None or stored[name].dtype == FP8:
-                singles[expert, kind] = _dequantised(ours, name, stored[name], scale, stored, block, dtype or fp8_dtype)
+                singles[expert, kind] = _dequantised(
+                    ours, name, stored[name], scale, stored, block, dtype or fp8_dtype, prove
+                )
             else:
                 singles[expert, kind] = _copied(ours, name, stored[name], dtype)
     return {
@@ -430,7 +451,12 @@ def _quantised(name, stored_name, info, scale_name, scale_info, block, rows, exp
             pieces = ((start, source.read(stored_name, start, stop)) for start, stop in ranges)
         for start, values in pieces:
             spread = _spread(scale, start, values.shape, block)
-            # A block of zeros may have the scale zero.
-            yield torch.where(spread == 0, values.float(), values.float() / spread).to(FP8)
+            quantised = _to_fp8(values, spread)
+            if not torch.equal((quantised.float() * spread).to(values.dtype), values):
+                raise CheckpointError(
+                    f"{stored_name!r} is not what was read from fp8 blocks, so it has been trained since; rounding it "
+                    f"back to {name!r} would undo that. Give --dtype bfloat16 to write it unquantised."
+                )
+            yield quantised
 
     return Recipe(name, shape, FP8, (stored_name, scale_name), parts)

@@ -11,21 +11,25 @@ import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
+from .indexer_objective_keye import IndexerLoss, caught_mass, query_weights
 from .sparse_attention_keye import (
     Selection,
     dense_attention,
     dense_latent_attention,
-    resolve_backend,
+    gqa_backend,
+    mla_backend,
     select_tokens,
     sparse_gqa,
     sparse_mla,
 )
-from .sparse_eager_keye import eager_attention, eager_selection
+from .sparse_eager_keye import eager_attention, eager_objective, eager_selection
 
 # Queries per selection and attention step: bounds the absorbed queries and the index list of one step.
 _QUERY_STEP = 512
 # Largest expanded key/value tensor, in elements, for which dense MLA expands the latents instead of absorbing.
 _MAX_EXPANDED_ELEMENTS = 2**27
+# The share of the attention that a selection catches is measured on this many runs of neighbouring queries.
+_RECALL_RUNS, _RECALL_RUN = 4, 8
 
 
 class KeyeRMSNorm(nn.Module):
@@ -187,7 +191,11 @@ INDEXERS = {"deepseek_v32": KeyeDeepseekIndexer, "keye_vl_2": KeyeFusedIndexer}
 
 
 class KeyeAttention(nn.Module):
-    """What MLA and GQA share: the indexer, the cache, and the split into dense and sparse queries."""
+    """What MLA and GQA share: the indexer and its loss, the cache, and the split into dense and sparse queries.
+
+    The two kinds differ in `project`, `expand`, `attend_dense` and `attend_sparse`; the last two also return what their
+    scores were made of, queries [B, n, H, D] and keys [B, G, T, D], which `score_operands` gives for any queries.
+    """
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -217,64 +225,89 @@ class KeyeAttention(nn.Module):
         query_offset: int = 0,
         first_slot: int = 0,
         output_indexer_selections: bool = False,
+        with_objective: bool = False,
         **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             hidden_states: [B, S, hidden], the normalised layer input.
             attention_mask: bool [B, T] at real tokens, or None; for `eager` also bool [B, 1, S, T].
             query_offset: cache slot of the first query. first_slot: lowest slot that holds a real token.
+            with_objective: compute the indexer's loss; in its warm-up stage attention is dense then.
 
         Returns:
             output [B, S, hidden], attention weights [B, H, S, T] (`eager` only), selected slots int32 [B, S, K] when
-            `output_indexer_selections`.
+            `output_indexer_selections`, and float32 [2] `with_objective` on a layer with an indexer: its loss, with
+            gradient, and the share of the dense attention that its selection catches.
         """
         queries, states, query_latent = self.project(hidden_states, *position_embeddings)
         index = None
+        with_objective = with_objective and self.indexer is not None
         if self.indexer is not None:
-            index = self._index(hidden_states, query_latent, index_position_embeddings or position_embeddings)
+            positions = index_position_embeddings or position_embeddings
+            index = self._index(hidden_states, query_latent, positions, with_objective)
             if past_key_values is not None:
                 index = (index[0], past_key_values.update_indexer(index[1], self.layer_idx), index[2])
         if past_key_values is not None:
             states = past_key_values.update(*states, self.layer_idx)
         num_keys = query_offset + hidden_states.shape[1]
         states = tuple(state[:, :, :num_keys] for state in states)
+        # With a graph for the indexer's loss, without one for the selection.
+        learned = index if with_objective else None
+        index = None if index is None else tuple(part.detach() for part in index)
         if self.config._attn_implementation == "eager":
             self.backend_ran = "dense mask"
-            return self._eager(queries, states, index, attention_mask, query_offset, output_indexer_selections)
-        return self._tiled(queries, states, index, attention_mask, query_offset, first_slot, output_indexer_selections)
+            return self._eager(queries, states, index, learned, attention_mask, query_offset, output_indexer_selections)
+        return self._tiled(
+            queries, states, index, learned, attention_mask, query_offset, first_slot, output_indexer_selections
+        )
 
-    @torch.no_grad()
-    def _index(self, hidden_states, query_latent, position_embeddings):
-        # A selection has no gradient: the language-model loss never reaches the indexer.
-        return self.indexer(hidden_states, query_latent, *position_embeddings)
+    def _index(self, hidden_states, query_latent, position_embeddings, with_objective: bool):
+        # The loss of the indexer stays in the indexer; without it nothing needs a graph here, as a selection has no
+        # gradient: the language-model loss never reaches the indexer.
+        latent = None if query_latent is None else query_latent.detach()
+        with torch.set_grad_enabled(with_objective and torch.is_grad_enabled()):
+            return self.indexer(hidden_states.detach(), latent, *position_embeddings)
 
-    def _tiled(self, queries, states, index, key_mask, query_offset, first_slot, output_selections):
+    def _tiled(self, queries, states, index, learned, key_mask, query_offset, first_slot, output_selections):
         batch, num_queries = queries.shape[:2]
+        warmup = learned is not None and self.config.indexer_stage == "warmup"
+        selection = Selection() if warmup else self.selection
         num_visible = query_offset + num_queries - first_slot
-        num_dense = self.selection.dense_length(num_visible) + first_slot - query_offset
-        num_dense = num_queries if self.selection.is_dense else min(max(num_dense, 0), num_queries)
-        self.backend_ran = "dense" if num_dense == num_queries else resolve_backend("auto", queries.device)
+        num_dense = selection.dense_length(num_visible) + first_slot - query_offset
+        num_dense = num_queries if selection.is_dense else min(max(num_dense, 0), num_queries)
+        self.backend_ran = "dense"  # until a query has to select
+        loss = None if learned is None else self._start_loss(queries, learned, query_offset, key_mask)
         outputs, selections = [], []
         if num_dense:
             keys = tuple(state[:, :, : query_offset + num_dense] for state in states)
             mask = None if key_mask is None else key_mask[:, : query_offset + num_dense]
-            outputs.append(self.attend_dense(queries[:, :num_dense], keys, query_offset, mask))
+            output, scored = self.attend_dense(queries[:, :num_dense], keys, query_offset, mask)
+            outputs.append(output)
+            if loss is not None:
+                loss.add_dense(0, *scored, self.scaling)
         for begin in range(num_dense, num_queries, _QUERY_STEP):
             end = min(begin + _QUERY_STEP, num_queries)
             selected = self._select(index, batch, begin, end, query_offset, key_mask, queries.device)
-            outputs.append(self.attend_sparse(queries[:, begin:end], states, selected))
+            output, scored, lse = self.attend_sparse(queries[:, begin:end], states, selected)
+            outputs.append(output)
+            if loss is not None:
+                loss.add_sparse(begin, *scored, lse, selected, self.scaling)
             if output_selections:
                 selections.append(selected)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        selection = None
+        kept = None
         if output_selections and self.is_sparse:
             if num_dense:
                 selections.insert(0, self._select(index, batch, 0, num_dense, query_offset, key_mask, queries.device))
             width = max(part.shape[-1] for part in selections)
             selections = [nn.functional.pad(part, (0, width - part.shape[-1]), value=-1) for part in selections]
-            selection = torch.cat(selections, dim=1)
-        return self.o_proj(output.flatten(2)), None, selection
+            kept = torch.cat(selections, dim=1)
+        objective = None
+        if loss is not None:
+            recall = self._sampled_recall(queries, states, index, key_mask, query_offset, first_slot)
+            objective = torch.stack([loss.result().float(), recall.float()])
+        return self.o_proj(output.flatten(2)), None, kept, objective
 
     def _select(self, index, batch, begin, end, query_offset, key_mask, device):
         q, k, gates = (
@@ -292,16 +325,60 @@ class KeyeAttention(nn.Module):
             device=device,
         )
 
-    def _eager(self, queries, states, index, attention_mask, query_offset, output_selections):
-        kept = eager_selection(self.selection, index, queries.shape[:2], query_offset, attention_mask, queries.device)
+    def _start_loss(self, queries, learned, query_offset, key_mask) -> IndexerLoss:
+        if queries.shape[2] != self.num_heads:
+            raise ValueError(
+                f"The indexer's target is the mean over all {self.num_heads} heads, but this process holds "
+                f"{queries.shape[2]} of them. Train the indexer without tensor parallelism (DDP and FSDP work), or set "
+                "`indexer_loss_coef` to 0."
+            )
+        return IndexerLoss(*learned, query_offset=query_offset, key_mask=key_mask)
+
+    @torch.no_grad()
+    def _sampled_recall(self, queries, states, index, key_mask, query_offset, first_slot) -> torch.Tensor:
+        """Share of the dense attention that the selection catches, mean over evenly spread queries: []."""
+        batch, num_queries = queries.shape[:2]
+        last_begin = max(0, num_queries - _RECALL_RUN)
+        begins = sorted({last_begin * i // (_RECALL_RUNS - 1) for i in range(_RECALL_RUNS)})
+        weights = query_weights(queries.shape[:2], query_offset, key_mask, queries.device, torch.float32)
+        caught = total = torch.zeros((), device=queries.device)
+        for begin in begins:
+            end = min(begin + _RECALL_RUN, num_queries)
+            weight = weights[:, begin:end]
+            total = total + weight.sum()
+            if self.selection.keeps_everything(query_offset + end - first_slot):
+                caught = caught + weight.sum()
+                continue
+            selected = self._select(index, batch, begin, end, query_offset, key_mask, queries.device)
+            share = caught_mass(
+                *self.score_operands(queries[:, begin:end], states),
+                selected,
+                scaling=self.scaling,
+                query_offset=query_offset + begin,
+                key_mask=key_mask,
+            )
+            caught = caught + (share * weight).sum()
+        return caught / total
+
+    def _eager(self, queries, states, index, learned, attention_mask, query_offset, output_selections):
+        shape = queries.shape[:2]
+        kept = eager_selection(self.selection, index, shape, query_offset, attention_mask, queries.device)
         keys, values = self.expand(states)
-        output, weights = eager_attention(queries, keys, values, kept, self.scaling)
+        objective = None
+        if learned is None:
+            output, weights = eager_attention(queries, keys, values, kept, self.scaling)
+        else:
+            visible = eager_selection(Selection(), None, shape, query_offset, attention_mask, queries.device)
+            attended = visible if self.config.indexer_stage == "warmup" else kept
+            output, weights = eager_attention(queries, keys, values, attended, self.scaling)
+            dense = eager_attention(queries, keys, values, visible, self.scaling)[1]
+            objective = eager_objective(learned, weights, attended, dense, visible, kept, query_offset)
         selection = None
         if output_selections and self.is_sparse:
             num_keys = kept.shape[-1]
             slots = torch.where(kept, torch.arange(num_keys, device=kept.device), num_keys).sort(dim=-1).values
             selection = slots.masked_fill(slots == num_keys, -1)[..., : self.selection.width(num_keys)].to(torch.int32)
-        return self.o_proj(output.flatten(2)), weights, selection
+        return self.o_proj(output.flatten(2)), weights, selection, objective
 
 
 class KeyeLatentAttention(KeyeAttention):
@@ -370,12 +447,15 @@ class KeyeLatentAttention(KeyeAttention):
         q_nope, q_rope = queries.split([self.nope_dim, self.rope_dim], dim=-1)
         return torch.cat([torch.einsum("bshn,hnc->bshc", q_nope, w_uk), q_rope], dim=-1)
 
+    def score_operands(self, queries, states):
+        return self._absorb(queries, self._up_projections(queries)[0]), states[0]
+
     def attend_sparse(self, queries, states, selected):
         w_uk, w_uv = self._up_projections(queries)
-        out, _ = sparse_mla(
-            self._absorb(queries, w_uk), states[0].squeeze(1), selected, self.scaling, self.kv_lora_rank
-        )
-        return torch.einsum("bshc,hvc->bshv", out, w_uv)
+        absorbed, rows = self._absorb(queries, w_uk), states[0]
+        self.backend_ran = mla_backend(absorbed, rows.squeeze(1), self.kv_lora_rank)
+        out, lse = sparse_mla(absorbed, rows.squeeze(1), selected, self.scaling, self.kv_lora_rank)
+        return torch.einsum("bshc,hvc->bshv", out, w_uv), (absorbed, rows), lse
 
     def attend_dense(self, queries, states, query_offset, key_mask):
         batch, num_queries = queries.shape[:2]
@@ -386,19 +466,21 @@ class KeyeLatentAttention(KeyeAttention):
         pays = num_queries * saved > self.kv_lora_rank * (self.nope_dim + self.value_dim)
         if not pays or expanded > _MAX_EXPANDED_ELEMENTS:
             w_uk, w_uv = self._up_projections(queries)
+            absorbed, rows = self._absorb(queries, w_uk), states[0]
             out = dense_latent_attention(
-                self._absorb(queries, w_uk),
-                states[0].squeeze(1),
+                absorbed,
+                rows.squeeze(1),
                 scaling=self.scaling,
                 value_dim=self.kv_lora_rank,
                 query_offset=query_offset,
                 key_mask=key_mask,
             )
-            return torch.einsum("bshc,hvc->bshv", out, w_uv)
+            return torch.einsum("bshc,hvc->bshv", out, w_uv), (absorbed, rows)
         keys, values = self.expand(states)
-        return dense_attention(
+        out = dense_attention(
             queries.transpose(1, 2), keys, values, scaling=self.scaling, query_offset=query_offset, key_mask=key_mask
         )
+        return out, (queries, keys)
 
 
 class KeyeGroupedAttention(KeyeAttention):
@@ -428,13 +510,19 @@ class KeyeGroupedAttention(KeyeAttention):
     def expand(self, states):
         return states
 
+    def score_operands(self, queries, states):
+        return queries, states[0]
+
     def attend_sparse(self, queries, states, selected):
-        return sparse_gqa(queries, *states, selected, self.scaling)[0]
+        self.backend_ran = gqa_backend(queries, *states)
+        out, lse = sparse_gqa(queries, *states, selected, self.scaling)
+        return out, (queries, states[0]), lse
 
     def attend_dense(self, queries, states, query_offset, key_mask):
-        return dense_attention(
+        out = dense_attention(
             queries.transpose(1, 2), *states, scaling=self.scaling, query_offset=query_offset, key_mask=key_mask
         )
+        return out, (queries, states[0])
 
 
 ATTENTIONS = {"mla": KeyeLatentAttention, "gqa": KeyeGroupedAttention}

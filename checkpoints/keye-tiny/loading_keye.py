@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from .checkpoint_keye import INDEX_NAME, Checkpoint, CheckpointError
-from .layouts_keye import detect_layout
-from .weights_keye import FP8_BLOCK, Recipe, Source, check_scales, plan_loading
+from .layouts_keye import detect_layout, fp8_block
+from .weights_keye import Recipe, Source, check_scales, plan_loading
 
 
 class LazyTensor:
@@ -62,7 +62,6 @@ def published_state_dict(
         is_vision = name.startswith(("model.visual.", "model.projector."))
         return name in tied or (is_vision and not layout.has_vision) or (new_indexer and ".indexer." in name)
 
-    block = (raw.get("quantization_config") or {}).get("weight_block_size")
     recipes = plan_loading(
         layout,
         checkpoint,
@@ -70,7 +69,7 @@ def published_state_dict(
         num_hidden_layers=getattr(text_config, "num_hidden_layers", 0),
         part=model.checkpoint_part,
         optional=optional,
-        block=tuple(block) if block else FP8_BLOCK,
+        block=fp8_block(raw),
         fp8_dtype=dtype or torch.bfloat16,
     )
     return {name: LazyTensor(recipe, checkpoint) for name, recipe in recipes.items()}

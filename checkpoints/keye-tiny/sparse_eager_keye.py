@@ -65,3 +65,21 @@ def eager_attention(
     weights = scores.masked_fill(~(kept | blind)[:, None], -math.inf).softmax(dim=-1)
     weights = weights.masked_fill(blind[:, None], 0.0).to(queries.dtype)
     return torch.matmul(weights, values).transpose(1, 2), weights
+
+
+def eager_objective(index, weights, support, dense, visible, kept, query_offset: int) -> torch.Tensor:
+    """The indexer's loss and the share of the dense attention that falls on `kept`, mean over real queries: [2].
+
+    index: as in `eager_selection`, with gradient. weights [B, H, S, T]: attention over `support` [B, S, T]; dense: over
+    `visible`. A query is real when it sees itself.
+    """
+    real = visible.diagonal(offset=query_offset, dim1=1, dim2=2)
+    q, k, gates = index
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    products = torch.einsum("bshd,btd->bsht", q.to(dtype), k[:, : support.shape[-1]].to(dtype)).relu()
+    scores = torch.einsum("bsht,bsh->bst", products, gates.to(dtype))[real].masked_fill(~support[real], -math.inf)
+    target = weights.detach().to(dtype).mean(dim=1)[real]
+    rest = torch.where(target > 0, target.log() - scores.log_softmax(dim=-1), 0.0)
+    loss = (target * rest).sum(dim=-1).mean()
+    recall = (dense.detach().to(dtype).mean(dim=1)[real] * kept[real]).sum(dim=-1).mean()
+    return torch.stack([loss, recall]).float()

@@ -25,24 +25,15 @@ SLACK = 2048
 HOPPER_SHARED = 200 * 1024
 
 
-def fitting_blocks(
-    heads: int, places: int, least_heads: int, size: Callable[[int, int], int], shared: int
-) -> tuple[int, int]:
-    """`heads` and `places` per program, halved down to `least_heads` and 16 until `size` bytes of operands fit.
-
-    Raises `ValueError` when even those do not.
-    """
-    while size(heads, places) > shared - SLACK:
-        if places > 16:
-            places //= 2
-        elif heads > least_heads:
-            heads //= 2
-        else:
-            raise ValueError(
-                f"The smallest tile of the Triton kernels takes {size(heads, places) // 1024} KiB of shared memory at "
-                f'these head sizes, and a program may use {shared // 1024} KiB; choose the backend "torch".'
-            )
-    return heads, places
+def first_fitting(blocks: list[tuple[int, int]], size: Callable[[int, int], int], shared: int) -> tuple[int, int]:
+    """The first of `blocks` (rows, places) whose operands, `size` bytes, fit. Raises `ValueError` when none does."""
+    for block in blocks:
+        if size(*block) <= shared - SLACK:
+            return block
+    raise ValueError(
+        f"The smallest tile of the Triton kernels takes {size(*blocks[-1]) // 1024} KiB of shared memory at these head "
+        f'sizes, and a program may use {shared // 1024} KiB; choose the backend "torch".'
+    )
 
 
 @jit

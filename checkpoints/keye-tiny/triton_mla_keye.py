@@ -21,7 +21,7 @@ from .triton_gather_keye import (
     LOG2_E,
     add_weighted,
     combine,
-    fitting_blocks,
+    first_fitting,
     load_rows,
     num_splits,
     scores_of,
@@ -52,19 +52,20 @@ def forward_tiles(heads: int, latent: int, width: int, element_size: int, shared
     products from being bound by the shared memory that feeds them.
     """
     hopper = shared >= HOPPER_SHARED and element_size == 2
-    if element_size == 2:
-        block = 16 if heads <= 16 else 64 if heads > 32 and hopper else 32
-        while block > 16 and block * latent > _MAX_OUTPUT:
-            block //= 2
-        places = 64
-    else:  # multiply-adds, whose operands live in registers: no matrix instruction keeps float32
-        block, places = 16, 16
 
     def size(heads: int, places: int) -> int:
         # Hopper reads a tile from shared memory while the next one arrives; older devices hold it in registers.
-        return (heads + (2 if hopper else 1) * places) * width * element_size
+        buffers = 2 if hopper else 1
+        return ((heads + buffers * places) * width + heads * places) * element_size
 
-    block, places = fitting_blocks(block, places, 16, size, shared)
+    if element_size > 2:  # multiply-adds, whose operands live in registers: no matrix instruction keeps float32
+        blocks = [(16, 16)]
+    else:
+        most = 64 if hopper else 32
+        blocks = [(64, 64), (64, 32), (32, 64), (32, 32), (32, 16), (16, 64), (16, 32), (16, 16)]
+        blocks = [(block, places) for block, places in blocks if block <= most and block < 2 * max(16, heads)]
+        blocks = [(block, places) for block, places in blocks if block * latent <= _MAX_OUTPUT] or [(16, 16)]
+    block, places = first_fitting(blocks, size, shared)
     return Tiles(block, places, hopper and block < 64 <= places, 8, 2)
 
 

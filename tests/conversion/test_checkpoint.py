@@ -133,7 +133,6 @@ def test_single_file(tmp_path):
         checkpoint = Checkpoint.open(path)
         assert isinstance(checkpoint, Mapping) and set(checkpoint) == set(tensors) and len(checkpoint) == 3
         assert checkpoint.folder == tmp_path and checkpoint.files == [tmp_path / "model.safetensors"]
-        assert checkpoint.metadata == {}
         for name, tensor in tensors.items():
             assert_same(checkpoint.read(name), tensor)
 
@@ -151,7 +150,7 @@ def test_sharded(tmp_path):
     tensors = write_sharded(tmp_path, metadata={"total_size": 108})
     (tmp_path / "unrelated.safetensors").write_bytes(b"not named by the index, so not opened")
     checkpoint = Checkpoint.open(tmp_path)
-    assert set(checkpoint) == set(tensors) and checkpoint.metadata == {"total_size": 108}
+    assert set(checkpoint) == set(tensors)
     assert [file.name for file in checkpoint.files] == list(SHARDS) and checkpoint.folder == tmp_path
     for name, tensor in tensors.items():
         assert_same(checkpoint.read(name), tensor)
@@ -164,7 +163,7 @@ def test_order_is_that_of_the_disk(tmp_path):
     os.truncate(files[1], files[1].stat().st_size - 8)
     checkpoint = Checkpoint.from_files(files)
     assert list(checkpoint) == ["z", "r", "q"]
-    assert checkpoint.files == sorted(files) and checkpoint.folder is None and checkpoint.metadata == {}
+    assert checkpoint.files == sorted(files) and checkpoint.folder is None
 
 
 def test_links_of_the_hub_cache_are_followed(tmp_path):

@@ -9,11 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import modeling_keye.configuration_keye as configuration_keye
-from conversion import convert as convert_module
 from conversion.convert import convert, main
 from modeling_keye import KeyeConfig, KeyeForVideoQA, KeyeProcessor
 from modeling_keye.configuration_keye import AUTO_MAP
-from tests.conversion.folders import assert_nothing_written, contents, different, stored
+from tests.conversion.folders import assert_nothing_written, contents, copied, different, make_new_towers_small, stored
 from tests.conversion.published import VISION_LAYOUTS, dequantised, published_checkpoint, write_published
 from tests.model.factories import VISION
 
@@ -48,15 +47,7 @@ SOURCES = {
 
 @pytest.fixture(autouse=True)
 def small_new_towers(monkeypatch):
-    """A text checkpoint gets a tower of the default size, 0.4 billion parameters; here it gets a small one."""
-    real = configuration_keye.our_config
-
-    def our_config(raw: dict) -> dict:
-        ours = real(raw)
-        return ours if ours["vision_config"] else {**ours, "vision_config": VISION}
-
-    for module in (configuration_keye, convert_module):
-        monkeypatch.setattr(module, "our_config", our_config)
+    make_new_towers_small(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +75,11 @@ def test_published_to_ours_and_back_is_bit_identical(name, tmp_path):
     kept = {k: v for k, v in tensors.items() if not k.startswith(IGNORABLE) and "inv_freq" not in k}
     assert different(stored(tmp_path / "back"), kept) == []
     for file in ("config.json", "generation_config.json"):
-        assert json.loads((tmp_path / "back" / file).read_text()) == json.loads((published / file).read_text())
+        wanted = json.loads((published / file).read_text())
+        # Where somebody's copy was saved from is nobody else's business.
+        for part in (wanted, wanted.get("text_config", {}), wanted.get("vision_config", {})):
+            part.pop("_name_or_path", None)
+        assert json.loads((tmp_path / "back" / file).read_text()) == wanted
     texts = {"tokenizer_config.json", "chat_template.json", "preprocessor_config.json", "added_tokens.json"}
     assert {n: t for n, t in contents(tmp_path / "back").items() if n in texts} == {
         n: t for n, t in contents(published).items() if n in texts
@@ -302,3 +297,88 @@ def test_the_last_line_sums_up(source, tmp_path, capsys):
     tensors = stored(tmp_path / "ours")
     assert numbers["tensors"] == len(tensors) and numbers["resumed_tensors"] == 0 and numbers["seconds"] >= 0
     assert numbers["bytes"] == sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def test_preprocessing_is_published_by_the_name_of_its_layout(ours, tmp_path, capsys):
+    """What was set in our processor is what the published files say."""
+    edited = copied(ours, tmp_path / "edited")
+    processor = KeyeProcessor.from_pretrained(edited)
+    settings = {"min_pixels": 7840, "max_pixels": 15680, "image_mean": (0.4, 0.5, 0.6), "resample": 2}
+    for name, value in settings.items():
+        setattr(processor.image_processor, name, value)
+    processor.video_processor.image_mean = settings["image_mean"]
+    processor.chat_template = "{{- 'mine' -}}" + processor.chat_template
+    processor.save_pretrained(edited)
+    assert main([str(edited), str(tmp_path / "x"), "--to=published", "--layout=keye_vl_2"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    again = KeyeProcessor.from_pretrained(tmp_path / "x")
+    assert {name: getattr(again.image_processor, name) for name in settings} == settings
+    for part in ("image_processor", "video_processor"):
+        found, wanted = (json.loads(getattr(p, part).to_json_string()) for p in (again, processor))
+        del wanted["auto_map"]
+        assert found == wanted
+    assert again.chat_template == processor.chat_template
+    processor.video_processor.max_frames = 12
+    processor.save_pretrained(edited)
+    assert main([str(edited), str(tmp_path / "y"), "--to=published", "--layout=keye_vl_2", "--dry-run"]) == 0
+    assert "warning: keye_vl_2 has no place for video_processor.max_frames" in capsys.readouterr().err
+
+
+def test_the_recorded_way_back_says_what_it_puts_back(source, ours, tmp_path, capsys):
+    assert main([str(ours), str(tmp_path / "x"), "--to=published", "--dry-run"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    edited = copied(ours, tmp_path / "edited")
+    processor = KeyeProcessor.from_pretrained(edited)
+    processor.image_processor.max_pixels = 15680
+    processor.chat_template = "{{- 'mine' -}}" + processor.chat_template
+    processor.save_pretrained(edited)
+    generation = json.loads((edited / "generation_config.json").read_text())
+    (edited / "generation_config.json").write_text(json.dumps({**generation, "max_new_tokens": 7}))
+    assert main([str(edited), str(tmp_path / "x"), "--to=published"]) == 0
+    warning = "warning: edited since the conversion, put back as published: "
+    assert f"{warning}chat_template, image_processor.max_pixels, generation.max_new_tokens\n" in capsys.readouterr().err
+    for name in ("preprocessor_config.json", "chat_template.json"):
+        assert (tmp_path / "x" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_line_ends_of_published_files_come_back(tmp_path):
+    published = write_published(tmp_path / "published", "keye_vl_1_5")
+    file = published / "preprocessor_config.json"
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    convert(published, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", to="published")
+    assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_where_a_copy_was_saved_from_is_not_recorded(tmp_path):
+    published = write_published(tmp_path / "published", "keye_vl_1_5")
+    config = json.loads((published / "config.json").read_text())
+    config = {**config, "_name_or_path": "/home/me/model", "vision_config": {**config["vision_config"]}}
+    config["vision_config"]["_name_or_path"] = "/home/me/tower"
+    (published / "config.json").write_text(json.dumps(config))
+    convert(published, tmp_path / "ours")
+    assert "/home/me" not in "".join(file.read_text() for file in (tmp_path / "ours").glob("*.json"))
+
+
+def test_float16_has_no_way_back_to_fp8(tmp_path, capsys):
+    """It cannot hold the values of every block, so its way back is 16 bit, and the plan says so."""
+    published = write_published(tmp_path / "published", "keye_vl_671b", fp8=True)
+    assert main([str(published), str(tmp_path / "ours"), "--dtype=float16"]) == 0
+    assert "fp8: blocks become float16" in capsys.readouterr().err
+    assert not (tmp_path / "ours" / "fp8_scales.safetensors").exists()
+    assert json.loads((tmp_path / "ours" / "conversion.json").read_text())["fp8_block"] is None
+    convert(tmp_path / "ours", tmp_path / "back", to="published")
+    raw = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert "quantization_config" not in raw and raw["torch_dtype"] == "float16"
+    dtypes = {tensor.dtype for name, tensor in stored(tmp_path / "back").items() if "correction_bias" not in name}
+    assert dtypes == {torch.float16}
+    assert KeyeForVideoQA.from_pretrained(tmp_path / "back").config.text_config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("option", ["--layout=keye_vl_671b", "--dtype=bfloat16"])
+def test_fp8_left_behind_is_told(option, tmp_path, capsys):
+    convert(write_published(tmp_path / "published", "keye_vl_671b", fp8=True), tmp_path / "ours")
+    capsys.readouterr()
+    assert main([str(tmp_path / "ours"), str(tmp_path / "x"), "--to=published", option]) == 0
+    assert "fp8: left behind" in capsys.readouterr().err
+    assert torch.float8_e4m3fn not in {tensor.dtype for tensor in stored(tmp_path / "x").values()}

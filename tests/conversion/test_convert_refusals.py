@@ -10,9 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversion import shard_writer, staging
-from conversion.convert import convert
+from conversion.convert import convert, main
 from conversion.staging import partial_folder
-from tests.conversion.folders import assert_nothing_written, contents, copied, refusal, stored
+from modeling_keye import KeyeProcessor
+from tests.conversion.folders import (
+    assert_nothing_written,
+    contents,
+    copied,
+    different,
+    make_new_towers_small,
+    refusal,
+    stored,
+)
 from tests.conversion.published import write_published
 from tests.conversion.safetensors_files import write
 
@@ -81,6 +90,20 @@ def missing_key(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def mixed_experts(folder: Path) -> None:
+    """The last layer's experts one by one, as an editor of single layers would save them."""
+    tensors = stored(folder)
+    for file in folder.glob("model*"):
+        file.unlink()
+    prefix = max(name for name in tensors if name.endswith("experts.gate_up_proj")).removesuffix("gate_up_proj")
+    both, down = tensors.pop(prefix + "gate_up_proj"), tensors.pop(prefix + "down_proj")
+    for expert, (into, out) in enumerate(zip(both.transpose(1, 2), down.transpose(1, 2))):
+        gate, up = into.chunk(2)
+        for name, tensor in (("gate_proj", gate), ("up_proj", up), ("down_proj", out)):
+            tensors[f"{prefix}{expert}.{name}.weight"] = tensor.clone(memory_format=torch.contiguous_format)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
 def no_bytes_at_the_end(folder: Path) -> None:
     os.truncate(first_shard(folder), first_shard(folder).stat().st_size - 1)
 
@@ -105,6 +128,19 @@ BAD = {
     "another model": (
         lambda f: (f / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}'),
         "LlamaForCausalLM",
+    ),
+    "experts in both forms": (
+        mixed_experts,
+        "stores some experts as one tensor (model.layers.0.mlp.experts.gate_up_proj) and some one by one",
+    ),
+    "template in another encoding": (
+        lambda f: (f / "chat_template.json").write_bytes(b'{"chat_template": "\xff"}'),
+        "chat_template.json is no UTF-8 text",
+    ),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json is no JSON"),
+    "tokenizer of another form": (
+        lambda f: (f / "tokenizer.json").write_text("{}"),
+        "tokenizer and processor files of",
     ),
     "contradicting generation config": (
         lambda f: (f / "generation_config.json").write_text('{"num_beams": 1, "num_return_sequences": 3}'),
@@ -181,7 +217,9 @@ def test_the_way_back_needs_what_conversion_json_keeps(ours, tmp_path, capsys):
     assert "has no conversion.json" in message and "--layout: keye_vl_preview" in message
     (bare / "conversion.json").write_text('{"format": 7}')
     assert "has format 7" in refusal(capsys, bare, tmp_path / "x", "--to", "published")
-    assert "can only say 'mla'" in refusal(capsys, bare, tmp_path / "x", "--to", "published", "--layout", "deepseek_v3")
+    assert "a deepseek_v3 checkpoint can only say" in refusal(
+        capsys, bare, tmp_path / "x", "--to", "published", "--layout", "deepseek_v3"
+    )
     assert_nothing_written(tmp_path / "x")
 
 
@@ -221,3 +259,85 @@ def test_nonsense_sizes_are_refused_or_taken_as_bytes(size, source, tmp_path, ca
     else:
         assert "is no size of a file" in refusal(capsys, source, tmp_path / "x", f"--max-shard-size={size}")
     assert [shard_writer.parse_size(text) for text in ("5GB", "1.5 MiB", "7kb")] == [5 * 10**9, 3 * 2**19, 7000]
+
+
+def test_a_source_without_a_name_is_refused(tmp_path, capsys):
+    assert "the name of a source is empty" in refusal(capsys, "", tmp_path / "x")
+
+
+def test_destinations_that_cannot_be_renamed_to_are_refused(source, tmp_path, capsys, monkeypatch):
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("real")
+    for options in ([], ["--dry-run"]):
+        assert f"{link} is a link" in refusal(capsys, source, link, *options)
+        assert "/ is the root of a file system" in refusal(capsys, source, "/", *options)
+    monkeypatch.setattr(staging.os.path, "ismount", lambda path: Path(path).name == "disk")
+    assert "disk is the root of a file system" in refusal(capsys, source, tmp_path / "disk")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_fp8_values_that_cannot_be_restored_are_refused(tmp_path, capsys):
+    """A scale of zero over values that are not: nothing would lead back to them."""
+    bad = write_published(tmp_path / "bad", "keye_vl_671b", fp8=True)
+    tensors = load_file(bad / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    tensors[f"{name}_scale_inv"][0, 0] = 0
+    save_file(tensors, bad / "model.safetensors")
+    assert name in refusal(capsys, bad, tmp_path / "x") and not (tmp_path / "x").exists()
+    assert convert(bad, tmp_path / "halves", dtype="float16")["tensors"] > 0
+
+
+@pytest.fixture
+def text_model(tmp_path, monkeypatch) -> Path:
+    """DeepSeek-V3 with the new tower that a conversion gives it."""
+    make_new_towers_small(monkeypatch)
+    published = write_published(tmp_path / "published", "deepseek_v3")
+    convert(published, tmp_path / "text-ours", max_shard_size="1GB")
+    return tmp_path / "text-ours"
+
+
+@pytest.mark.parametrize("options", [[], ["--layout=deepseek_v3"]], ids=["recorded", "named"])
+def test_a_trained_projector_is_not_lost_silently(options, text_model, tmp_path, capsys):
+    way = ["--to=published", *options]
+    assert main([str(text_model), str(tmp_path / "new"), *way]) == 0
+    assert "left out: model." in capsys.readouterr().err
+    name = "model.projector.linear_2.weight"
+    tensors = load_file(text_model / "model.safetensors")
+    tensors[name][0, 0] += 1
+    save_file(tensors, text_model / "model.safetensors")
+    for option in ([], ["--dry-run"]):
+        message = refusal(capsys, text_model, tmp_path / "x", *way, *option)
+        assert f"have been changed since they were new ({name})" in message and "--drop-vision" in message
+        assert_nothing_written(tmp_path / "x")
+    assert main([str(text_model), str(tmp_path / "x"), *way, "--drop-vision"]) == 0
+    assert "left out: model." in capsys.readouterr().err
+    assert different(stored(tmp_path / "x"), stored(tmp_path / "new")) == []
+
+
+def test_a_tower_of_unknown_origin_is_not_lost_silently(text_model, tmp_path, capsys):
+    (text_model / "conversion.json").unlink()
+    way = ["--to=published", "--layout=deepseek_v3"]
+    message = refusal(capsys, text_model, tmp_path / "x", *way)
+    assert "deepseek_v3 has no vision" in message and "not all of them are new (model.projector." in message
+    assert_nothing_written(tmp_path / "x")
+    assert main([str(text_model), str(tmp_path / "x"), *way, "--drop-vision"]) == 0
+
+
+def test_a_layout_of_another_family_than_the_processor_is_refused(ours, tmp_path, capsys):
+    processor = KeyeProcessor.from_pretrained(ours)
+    other = copied(ours, tmp_path / "other")
+    processor.video_processor.family = "keye_vl_1_5"
+    processor.save_pretrained(other)
+    message = refusal(capsys, other, tmp_path / "x", "--to=published", "--layout=keye_vl_2")
+    assert "the family 'keye_vl_1_5', but keye_vl_2 is of the family 'keye_vl_2'" in message
+    assert_nothing_written(tmp_path / "x")
+
+
+def test_a_value_that_the_configuration_cannot_have_is_a_sentence(ours, tmp_path, capsys):
+    bad = copied(ours, tmp_path / "bad")
+    config = json.loads((bad / "config.json").read_text())
+    config["text_config"]["hidden_size"] = "x"
+    (bad / "config.json").write_text(json.dumps(config))
+    message = refusal(capsys, bad, tmp_path / "x", "--to=published")
+    assert "hidden_size" in message and message.count("\n") == 1

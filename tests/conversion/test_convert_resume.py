@@ -82,7 +82,8 @@ def test_other_options_or_sources_do_not_continue_a_run(stopped, tmp_path, capsy
         (["--max-shard-size=200KB"], "--max-shard-size: was 300000, is 200000"),
         (["--max-shard-size=300KB", "--dtype=float32"], "--dtype: was None, is float32"),
     ):
-        message = refusal(capsys, source, stopped, *options)
+        for dry_run in ([], ["--dry-run"]):
+            message = refusal(capsys, source, stopped, *options, *dry_run)
         assert wanted in message and f"Delete {partial_folder(stopped)}" in message
     shard = source / "model-00002-of-00002.safetensors"
     os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))

@@ -566,3 +566,11 @@ def test_scalars_and_empty_tensors():
         assert compare(one, one) == []
         assert len(compare(one, two)) == (shape == ())
     assert compare(one, TensorStream("x", (0,), torch.float32, lambda: iter([])))[0].kind == "shape"
+
+
+def test_a_config_with_an_impossible_value_is_a_sentence(tmp_path, capsys):
+    ours = write_ours(tmp_path / "ours", "keye_vl_2")
+    config = json.loads((ours / "config.json").read_text())
+    edit_config(ours, text_config={**config["text_config"], "hidden_size": "x"})
+    code, out, err = run(capsys, ours, ours)
+    assert code == 2 and out == "" and "hidden_size" in err and err.count("\n") == 1

@@ -88,7 +88,7 @@ def test_weights_must_be_whole(folder):
 
 def test_an_index_beside_a_single_file_is_refused(folder):
     save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
-    assert "the library would read the second one; remove one" in wrong(folder)["weights"]
+    assert "remove the one that does not belong to this checkpoint" in wrong(folder)["weights"]
 
 
 def test_a_damaged_file_of_scales_is_refused(folder):
