@@ -113,7 +113,9 @@ def test_constraints_are_exact_and_free_of_this_machine():
     pinned = {line.split("==")[0] for line in pins}
     extras = project()["optional-dependencies"]
     wanted = [*project()["dependencies"], *extras["test"], *extras["train"]]
-    assert {re.match(r"[\w-]+", entry).group() for entry in wanted} <= pinned
+    # CUDA builds of torch ask for a Triton of their own, so only CI pins one.
+    assert re.search(r"triton==[\d.]+", (ROOT / ".ci" / "run").read_text())
+    assert {re.match(r"[\w-]+", entry).group() for entry in wanted} - {"triton"} <= pinned
 
 
 def test_licence_is_apache():

@@ -382,10 +382,10 @@ def warm_up(model, inputs, steps: int, learning_rate: float) -> list[float]:
 
 
 def test_a_few_steps_of_warmup_teach_the_indexer(kind):
-    model, inputs = learner(kind, "warmup", 1.0, local_window=None, anchor_stride=None), batch(tokens=64)
+    model, inputs = learner(kind, "warmup", 1.0, local_window=None, anchor_stride=None), batch(rows=1, tokens=64)
     before = copy.deepcopy(of_trunk(model.state_dict()))
     first_recall = model(**inputs, use_cache=False).indexer_recall.item()
-    *losses, recall = warm_up(model, inputs, steps=60, learning_rate=2e-2)
+    *losses, recall = warm_up(model, inputs, steps=40, learning_rate=3e-2)
     print(f"{kind}: KL {losses[0]:.3f} -> {losses[-1]:.3f}, recall {first_recall:.3f} -> {recall:.3f}")
     assert losses[-1] < 0.35 * losses[0]
     assert recall > first_recall + 0.04
