@@ -1,9 +1,9 @@
 """The published Keye and DeepSeek checkpoints: which one a `config.json` describes, and what it says in our words.
 
 A published file is flat (text keys at the top, `vision_config` nested) or, once re-saved, nested; it may carry keys of
-several releases of Transformers. `our_config` reads it into the arguments of `KeyeConfig`. A key that would change the
-computation and that `KeyeForVideoQA` cannot follow is refused; other unknown keys say nothing about the model and are
-left out. Sizes are never guessed: a missing one is an error.
+several releases of Transformers. `our_config` reads it into the arguments of `KeyeConfig`. A known key that asks for a
+computation that `KeyeForVideoQA` does not have is refused; unknown keys are ignored. Sizes are never guessed: a missing
+one is an error.
 """
 
 import json
@@ -99,6 +99,7 @@ _ROPE_KEYS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 _SAME_ROPE = {"mrope": "default", "deepseek_yarn": "yarn"}
+_FLOATS = ("rms_norm_eps", "layer_norm_eps", "initializer_range")
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Settings of other decoders, with the values that leave this one's computation as it is (null always does).
 _HARMLESS: dict[str, tuple] = {
@@ -125,7 +126,7 @@ _HARMLESS: dict[str, tuple] = {
 
 
 def _is_whole(value: object, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
 
 
 def _is_number(value: object) -> bool:
@@ -139,6 +140,7 @@ def _is_list(value: object, is_item: Callable[[object], bool]) -> bool:
 
 # What a value must be unless it is null: words, test, the keys it is asked of.
 _KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    # Later entries go before earlier ones; lists are made as long as there are layers.
     (
         "a whole number from 1 up",
         lambda value: _is_whole(value, 1),
@@ -189,9 +191,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         "a number",
         _is_number,
         (
-            "rms_norm_eps",
-            "layer_norm_eps",
-            "initializer_range",
+            *_FLOATS,
             "attention_dropout",
             "routed_scaling_factor",
             "mscale",
@@ -232,6 +232,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         lambda value: _is_list(value, lambda item: _is_whole(item, 1)) and len(value) == 2,
         ("weight_block_size",),
     ),
+    ("a whole number from 1 to 9999", lambda value: _is_whole(value, 1) and value < 10_000, ("num_hidden_layers",)),
     ("an object", lambda value: isinstance(value, dict), ("sa_config", "quantization_config")),
 )
 _KIND_OF = {name: (words, is_kind) for words, is_kind, names in _KINDS for name in names}
@@ -339,7 +340,7 @@ def detect_layout(raw: dict) -> Layout | None:
 
     `architectures[0]` decides, then `model_type`. Raises `ValueError` for any other model.
     """
-    architecture = next(iter(raw.get("architectures") or ()), None)
+    architecture = _architecture(_Keys({"architectures": raw.get("architectures")}))
     model_type = raw.get("model_type")
     for layout in LAYOUTS.values():
         if architecture in layout.architectures:
@@ -448,6 +449,8 @@ class _Keys:
             words, is_kind = _KIND_OF.get(name, ("", None))
             if is_kind and value is not None and not is_kind(value):
                 self.refuse(name, f"it must be {words}.")
+        # The configuration classes tell 0.0 from 0 in these.
+        self.values = values | {name: float(values[name]) for name in _FLOATS if values.get(name) is not None}
 
     def get(self, name: str, default=None):
         value = self.values.get(name)
@@ -694,6 +697,8 @@ def _rope_settings(keys: _Keys, where: str) -> dict:
     neutral = {"type", "rope_type", "rope_theta", "mrope_section", "mrope_interleaved", "partial_rotary_factor"}
     for name in sorted(set(rope.values) - neutral - set(_ROPE_KEYS[kind])):
         rope.refuse(name, f"rotary type {kind!r} has no such setting; remove it or name the type it belongs to.")
+    for name in _ROPE_KEYS[kind] if kind == "llama3" else _ROPE_KEYS[kind][:1]:
+        rope.need(name)
     settings = {"rope_type": kind, "rope_theta": float(theta)}
     for name in _ROPE_KEYS[kind]:
         if rope.get(name) is not None:

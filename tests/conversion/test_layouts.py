@@ -9,7 +9,7 @@ import torch
 
 from modeling_keye import KeyeConfig, KeyeForVideoQA
 from modeling_keye.configuration_keye import INDEXED_LAYER_TYPE, KeyeTextConfig, KeyeVisionConfig
-from modeling_keye.layouts_keye import LAYOUTS, detect_layout, our_config, published_config
+from modeling_keye.layouts_keye import LAYOUTS, detect_layout, fp8_block, our_config, published_config
 from modeling_keye.presets_keye import PRESETS
 from tests.conversion.full_size import (
     DEEPSEEK_V3,
@@ -311,6 +311,37 @@ REFUSED = [
     (KEYE_671B, {"scoring_func": "softmax"}, "scoring_func"),
     (KEYE_671B, {"topk_method": "greedy"}, "topk_method"),
     (KEYE_671B, {"rope_scaling.mrope_section": [8, 12, 12]}, "mrope_section"),
+    (PREVIEW, {"sa_config": KEYE_2_0["sa_config"]}, "sa_config.*keye_vl_preview"),
+    (KEYE_1_5, {"sa_config": {}}, "sa_config.*keye_vl_1_5"),
+    (KEYE_1_5, {"logit_scale": 0.5}, "logit_scale.*only 1 or null"),
+    (KEYE_1_5, {"final_logit_softcapping": 30.0}, "final_logit_softcapping.*only null"),
+    (KEYE_1_5, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    (KEYE_1_5, {"use_qk_norm": False}, "use_qk_norm.*only true or null"),
+    (DEEPSEEK_V3, {"use_qk_norm": True}, "use_qk_norm.*only false or null"),
+    (KEYE_2_0, {"residual_multiplier": 0.22}, "residual_multiplier"),
+    (KEYE_2_0, {"embedding_multiplier": 12}, "embedding_multiplier"),
+    (KEYE_2_0, {"attention_multiplier": 0.01}, "attention_multiplier"),
+    (KEYE_2_0, {"logits_scaling": 16}, "logits_scaling"),
+    (KEYE_2_0, {"attn_output_gate": True}, "attn_output_gate"),
+    # Damaged values.
+    (KEYE_1_5, {"num_hidden_layers": "3"}, "`num_hidden_layers` '3': it must be a whole number"),
+    (KEYE_1_5, {"num_hidden_layers": True}, "num_hidden_layers"),
+    (KEYE_1_5, {"num_hidden_layers": 10**12}, "num_hidden_layers"),
+    (KEYE_1_5, {"vocab_size": "x"}, "vocab_size"),
+    (KEYE_1_5, {"head_dim": 128.0}, "head_dim"),
+    (KEYE_1_5, {"rms_norm_eps": float("nan")}, "rms_norm_eps.*a number"),
+    (KEYE_1_5, {"vision_config.patch_size": "14"}, "vision_config has `patch_size` '14'"),
+    (KEYE_1_5, {"rope_scaling.mrope_section": "abc"}, "mrope_section"),
+    (KEYE_1_5, {"torch_dtype": "float7"}, "`torch_dtype` 'float7': it must be one of bfloat16"),
+    (KEYE_1_5, {"dtype": ["bfloat16"]}, "`dtype`.*a string"),
+    (KEYE_1_5, {"architectures": 5}, "architectures.*a list of strings"),
+    (KEYE_2_0, {"sa_config": 5}, "sa_config.*an object"),
+    (KEYE_2_0, {"sa_config.topk": "2048"}, "sa_config has `topk` '2048'"),
+    (KEYE_2_0, {"mlp_only_layers": 3}, "mlp_only_layers"),
+    (KEYE_671B, {"quantization_config": "fp8"}, "quantization_config.*an object"),
+    (KEYE_671B, {"quantization_config.weight_block_size": [0, 0]}, "weight_block_size"),
+    (KEYE_671B, {"moe_layer_freq": 0}, "moe_layer_freq"),
+    (KEYE_671B, {"rope_scaling.factor": ...}, "rope_scaling lacks `factor`"),
     (DEEPSEEK_V32, {"indexer_types": ["full", "shared"]}, "indexer_types"),
     (DEEPSEEK_V32, {"index_topk_freq": 4}, "index_topk_freq"),
 ]
@@ -322,6 +353,47 @@ REFUSED = [
 def test_what_would_compute_something_else_is_refused(raw, keys, named):
     with pytest.raises(ValueError, match=named):
         our_config(changed(raw, **keys))
+
+
+def test_harmless_settings_of_other_decoders_are_read_over():
+    neutral = {"logit_scale": 1.0, "final_logit_softcapping": None, "attn_output_gate": False, "residual_multiplier": 1}
+    assert our_config({**KEYE_1_5, **neutral, "use_qk_norm": True}) == our_config(KEYE_1_5)
+    assert our_config({**DEEPSEEK_V3, **neutral, "use_qk_norm": False}) == our_config(DEEPSEEK_V3)
+
+
+def places(raw: dict, above: str = ""):
+    for key, value in raw.items():
+        yield f"{above}{key}"
+        if isinstance(value, dict):
+            yield from places(value, f"{above}{key}.")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_damaged_file_is_a_configuration_or_a_sentence(name):
+    raw = tiny_config(name, fp8=name in LATENT)
+    refused = 0
+    for place in places(raw):
+        for value in ("x", [], {"a": 1}, 0, True, float("nan"), 10**400, None, ...):
+            damaged = changed(raw, **{place: value})
+            try:
+                fp8_block(damaged)
+                KeyeConfig(**our_config(damaged))
+            except ValueError as error:
+                refused += 1
+                assert str(error).endswith("."), (place, value)
+    assert refused > 200
+
+
+def test_fp8_block():
+    assert fp8_block(KEYE_1_5) == fp8_block(KEYE_671B) == (128, 128)
+    other = changed(KEYE_671B, **{"quantization_config.weight_block_size": [64, 32]})
+    assert fp8_block(other) == (64, 32)
+    assert fp8_block({"text_config": {"quantization_config": other["quantization_config"]}}) == (64, 32)
+    for block in ([128], [0, 0], "x", [128, 128, 1], [128, True], [128.0, 128]):
+        with pytest.raises(ValueError, match="`weight_block_size` .* two whole numbers from 1 up"):
+            fp8_block(changed(KEYE_671B, **{"quantization_config.weight_block_size": block}))
+    with pytest.raises(ValueError, match="`quantization_config` 'fp8': it must be an object"):
+        fp8_block({"quantization_config": "fp8"})
 
 
 SIZES = {
@@ -395,6 +467,13 @@ def test_the_wrong_layout_is_refused():
     config = KeyeConfig(**changed(our_config(KEYE_671B), **{"text_config.mlp_layer_types": mixed}))
     with pytest.raises(ValueError, match="mlp_layer_types"):
         published_config(config.to_dict(), LAYOUTS["keye_vl_671b"])
+
+
+@pytest.mark.parametrize("name", ["keye_vl_preview", "keye_vl_1_5", "keye_vl_671b", "deepseek_v3"])
+def test_a_layout_without_an_indexer_cannot_carry_one(name):
+    config = KeyeConfig(**our_config(FULL_SIZE[name])).with_indexer()
+    with pytest.raises(ValueError, match=f"`indexer_type` is .* but a {name} checkpoint can only say None; .*keep"):
+        published_config(config.to_dict(), LAYOUTS[name])
 
 
 def test_ignorable_names():
@@ -558,7 +637,10 @@ def test_an_attached_indexer_changes_nothing_until_it_is_trained(tmp_path):
     indexer = sparse.model.language_model.layers[1].self_attn.indexer
     assert 0.5 < indexer.q_proj.weight.std() / config.text_config.initializer_range < 1.5
     assert torch.equal(indexer.k_norm.weight, torch.ones(16)) and not indexer.k_norm.bias.any()
-    written = published_config(sparse.config.to_dict(), LAYOUTS["keye_vl_1_5"])
+    # The published code of 1.5 has no indexer; that of 2.0 has.
+    with pytest.raises(ValueError, match="'keye_vl_2', but a keye_vl_1_5 checkpoint.*write that layout"):
+        published_config(sparse.config.to_dict(), LAYOUTS["keye_vl_1_5"])
+    written = published_config(sparse.config.to_dict(), LAYOUTS["keye_vl_2"])
     assert written["sa_config"]["topk"] == config.text_config.max_position_embeddings
 
 
