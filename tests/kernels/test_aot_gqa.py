@@ -34,10 +34,6 @@ def forward_32_heads():
     forward()
 
 
-def forward_16_heads_of_64():
-    forward(heads=16, dim=64)
-
-
 def forward_wide_heads():
     forward(heads=16, groups=2, dim=256)
 
@@ -46,16 +42,8 @@ def decode_one():
     forward(queries=1)
 
 
-def decode_batch():
-    forward(batch=64, queries=1)
-
-
 def gradients_32_heads():
     gradients()
-
-
-def gradients_16_heads_of_64():
-    gradients(heads=16, dim=64)
 
 
 def gradients_wide_heads():
@@ -73,12 +61,9 @@ def gradients_float32():
 LAUNCHES = {
     90: [
         forward_32_heads,
-        forward_16_heads_of_64,
         forward_wide_heads,
         decode_one,
-        decode_batch,
         gradients_32_heads,
-        gradients_16_heads_of_64,
         gradients_wide_heads,
         forward_float32,
         gradients_float32,

@@ -51,16 +51,8 @@ def forward_small_latent():
     forward(16, latent=128, rotary=32)
 
 
-def forward_no_rotary():
-    forward(64, latent=256, rotary=0)
-
-
 def decode_128_heads():
     forward(128, queries=1)
-
-
-def decode_16_heads():
-    forward(16, queries=1)
 
 
 def forward_float32():
@@ -71,20 +63,12 @@ def gradients_128_heads():
     gradients(128)
 
 
-def gradients_64_heads():
-    gradients(64)
-
-
 def gradients_32_heads():
     gradients(32)
 
 
 def gradients_16_heads():
     gradients(16)
-
-
-def gradients_small_latent():
-    gradients(16, latent=128, rotary=32)
 
 
 def gradients_deterministic():
@@ -106,25 +90,20 @@ LAUNCHES = {
         forward_32_heads,
         forward_16_heads,
         forward_small_latent,
-        forward_no_rotary,
         decode_128_heads,
-        decode_16_heads,
         gradients_128_heads,
-        gradients_64_heads,
         gradients_32_heads,
         gradients_16_heads,
-        gradients_small_latent,
         gradients_deterministic,
         forward_float32,
         gradients_float32,
     ],
-    80: [forward_128_heads, forward_16_heads, gradients_128_heads, gradients_16_heads],
+    80: [forward_128_heads, forward_16_heads, gradients_128_heads],
     89: [
         forward_128_heads,
         forward_16_heads,
         gradients_128_heads,
         gradients_16_heads,
-        gradients_deterministic,
         forward_float32,
         gradients_float32,
     ],

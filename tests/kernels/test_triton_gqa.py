@@ -38,13 +38,10 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["forward over unions", "forward over lists"])
-def path(request, monkeypatch):
-    if request.param == "forward over lists":
-        choose = triton_gqa_keye.union_tiles
-        monkeypatch.setattr(
-            triton_gqa_keye, "union_tiles", lambda *sizes: dataclasses.replace(choose(*sizes), queries=1)
-        )
+@pytest.fixture(params=[3, 17], ids=["lists", "unions"])
+def queries(request):
+    """With 8 heads in one group, 16 queries make a unit; fewer read their own lists in the forward pass."""
+    return request.param
 
 
 def make(batch, queries, rows, heads, groups, dim, value_dim, dtype=WIDE, device="cpu", seed=0):
@@ -98,13 +95,14 @@ SHAPES = [  # batch, queries, rows, heads, groups, head size, head size of value
     (1, 35, 63, 3, 3, 32, 16, 63),
     (2, 17, 40, 8, 1, 16, 48, 64),
     (1, 33, 111, 8, 2, 32, 32, 15),
+    (2, 3, 129, 20, 4, 32, 32, 111),
     (1, 9, 129, 16, 1, 64, 32, 65),
     (1, 2, 50, 40, 1, 16, 16, 33),
     (1, 2, 50, 128, 1, 16, 16, 20),
 ]
 
 
-@pytest.mark.usefixtures("shared_memory", "path")
+@pytest.mark.usefixtures("shared_memory")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_equals_the_reference(shape, device):
     batch, queries, rows, *heads, places = shape
@@ -119,11 +117,10 @@ def test_equals_the_reference(shape, device):
     assert out.dtype == inputs[0].dtype and lse.dtype == WIDE
 
 
-@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("where", ["head", "middle", "shuffled", "wider"])
-def test_where_unused_places_are_changes_nothing(where, device):
-    inputs = make(1, 33, 40, 4, 2, 32, 16, device=device)
-    indices = lists(1, 33, 40, 20, device)
+def test_where_unused_places_are_changes_nothing(where, queries, device):
+    inputs = make(1, queries, 40, 8, 1, 32, 16, device=device)
+    indices = lists(1, queries, 40, 20, device)
     grad_out = upstream(inputs)
     expected = judge(inputs, indices, grad_out)
     if where == "head":
@@ -137,48 +134,45 @@ def test_where_unused_places_are_changes_nothing(where, device):
     check(run(inputs, indices, grad_out), expected)
 
 
-@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("deterministically", [False, True])
-def test_only_keys_are_indices(deterministically, device, request):
+def test_only_keys_are_indices(deterministically, queries, device, request):
     """-1, T and the extremes of int32 name nothing."""
     if deterministically:
         request.getfixturevalue("deterministic")
-    inputs = make(2, 17, 10, 8, 1, 16, 16, device=device)
-    indices = lists(2, 17, 10, 6, device, full=True)
-    wild = torch.tensor([-1, 10, 11, 2**31 - 1, -(2**31)], dtype=torch.int32, device=device).expand(2, 17, -1)
+    inputs = make(2, queries, 10, 8, 1, 16, 16, device=device)
+    indices = lists(2, queries, 10, 6, device, full=True)
+    wild = torch.tensor([-1, 10, 11, 2**31 - 1, -(2**31)], dtype=torch.int32, device=device).expand(2, queries, -1)
     mixed = torch.cat([wild, indices[..., :3], wild, indices[..., 3:], wild], dim=-1)
     grad_out = upstream(inputs)
     check(run(inputs, mixed, grad_out), judge(inputs, indices, grad_out))
 
 
-@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("deterministically", [False, True])
 @pytest.mark.parametrize("places", [0, 70])
-def test_nothing_selected(places, deterministically, device, request):
+def test_nothing_selected(places, deterministically, queries, device, request):
     if deterministically:
         request.getfixturevalue("deterministic")
-    inputs = make(2, 17, 9, 8, 1, 32, 16, device=device)
-    indices = torch.full((2, 17, places), -1, dtype=torch.int32, device=device)
+    inputs = make(2, queries, 9, 8, 1, 32, 16, device=device)
+    indices = torch.full((2, queries, places), -1, dtype=torch.int32, device=device)
     out, lse, *gradients = run(inputs, indices, upstream(inputs))
     assert bool((out == 0).all()) and bool((lse == -math.inf).all())
     assert all(bool((gradient == 0).all()) for gradient in gradients)
 
 
-@pytest.mark.usefixtures("path")
-@pytest.mark.parametrize(("batch", "queries", "rows"), [(0, 40, 9), (2, 0, 9), (1, 40, 0)])
-def test_empty_inputs(batch, queries, rows, device):
-    inputs = make(batch, queries, rows, 4, 2, 32, 16, device=device)
-    indices = torch.full((batch, queries, 4), -1, dtype=torch.int32, device=device)
+@pytest.mark.parametrize(("batch", "count", "rows"), [(0, 40, 9), (2, 0, 9), (1, 40, 0), (1, 2, 0)])
+def test_empty_inputs(batch, count, rows, device):
+    inputs = make(batch, count, rows, 4, 2, 32, 16, device=device)
+    indices = torch.full((batch, count, 4), -1, dtype=torch.int32, device=device)
     out, lse, *gradients = run(inputs, indices, upstream(inputs))
-    assert out.shape == (batch, queries, 4, 16) and lse.shape == (batch, queries, 4)
+    assert out.shape == (batch, count, 4, 16) and lse.shape == (batch, count, 4)
     assert bool((out == 0).all()) and all(bool((gradient == 0).all()) for gradient in gradients)
 
 
-@pytest.mark.usefixtures("shared_memory", "path")
+@pytest.mark.usefixtures("shared_memory")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_bad_values_in_unselected_rows_are_never_read(bad, device):
-    inputs = make(1, 17, 60, 8, 1, 32, 16, device=device)
-    indices = lists(1, 17, 29, 3, device) + 1  # row 0 stays out; unused places become 0
+def test_bad_values_in_unselected_rows_are_never_read(bad, queries, device):
+    inputs = make(1, queries, 60, 8, 1, 32, 16, device=device)
+    indices = lists(1, queries, 29, 3, device) + 1  # row 0 stays out; unused places become 0
     indices[indices == 0] = -1
     grad_out = upstream(inputs)
     expected = judge(inputs, indices, grad_out)
@@ -189,13 +183,12 @@ def test_bad_values_in_unselected_rows_are_never_read(bad, device):
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
-@pytest.mark.usefixtures("path")
-def test_scores_far_below_zero(device):
+def test_scores_far_below_zero(queries, device):
     """The log-sum-exp of a query is so low that rows of its neighbours would have an infinite probability."""
-    inputs = make(1, 17, 40, 8, 1, 32, 16, torch.float32, device)
+    inputs = make(1, queries, 40, 8, 1, 32, 16, torch.float32, device)
     q, k, v = inputs[0] / 10 + 6, inputs[1] / 10 - 6, inputs[2]
     k[:, :, ::2] *= -1
-    indices = lists(1, 17, 20, 9, device, full=True) * 2 + 1
+    indices = lists(1, queries, 20, 9, device, full=True) * 2 + 1
     indices[:, ::2] -= indices[:, ::2] % 2  # every other query selects the rows of high score
     inputs = q, k, v
     grad_out = upstream(inputs)
@@ -205,22 +198,21 @@ def test_scores_far_below_zero(device):
 
 
 @pytest.mark.parametrize("processors", [4, 9, 200])
-@pytest.mark.parametrize("queries", [1, 17])
-def test_parts_of_a_list_are_combined(queries, processors, device, monkeypatch):
+@pytest.mark.parametrize("count", [1, 17])
+def test_parts_of_a_list_are_combined(count, processors, device, monkeypatch):
     """Fewer programs than processors; one list is so short that parts have no key, another has none at all."""
     monkeypatch.setattr(triton_common_keye, "MULTIPROCESSORS_OFF_DEVICE", processors)
-    batch = 3 if queries == 1 else 1
-    inputs = make(batch, queries, 600, 8, 1, 32, 16, device=device)
-    indices = lists(batch, queries, 600, 515 if queries == 1 else 40, device, full=True)
+    batch = 3 if count == 1 else 1
+    inputs = make(batch, count, 600, 8, 1, 32, 16, device=device)
+    indices = lists(batch, count, 600, 515 if count == 1 else 40, device, full=True)
     indices.view(-1, indices.shape[-1])[1, 5:] = -1
     indices.view(-1, indices.shape[-1])[2] = -1
     check(run(inputs, indices), judge(inputs, indices))
 
 
-@pytest.mark.usefixtures("path")
-def test_strided_and_broadcast_inputs(device):
-    inputs = make(2, 33, 21, 4, 2, 32, 16, device=device)
-    indices = lists(2, 33, 21, 5, device)
+def test_strided_and_broadcast_inputs(queries, device):
+    inputs = make(2, queries, 21, 16, 2, 32, 16, device=device)
+    indices = lists(2, queries, 21, 5, device)
     expected = judge(inputs, indices)
     *strided, wide = (torch.stack([x, x + 1], dim=-1)[..., 0] for x in (*inputs, indices))
     assert not any(x.is_contiguous() for x in strided)
@@ -316,26 +308,34 @@ def test_deterministic_gradients_are_bit_equal(device, monkeypatch):
     check(first, judge(inputs, indices, grad_out), 1e-4)
 
 
-# Precision: the error against float64 may not exceed that of plain code in the same dtype, plus one rounding.
+# Precision: the error against float64 may not exceed that of PyTorch in the same dtype, plus one rounding. Two codes
+# stand for PyTorch: masked attention, and in float32 the tiled backend, which like the kernels takes the mean of the
+# gradient of probabilities from the output and loses where it cancels.
 
 
-@pytest.mark.usefixtures("shared_memory", "path")
+@pytest.mark.usefixtures("shared_memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_error_is_at_most_that_of_plain_code(dtype, device):
-    inputs = make(1, 20, 200, 16, 2, 64, 64, dtype, device)
-    indices = lists(1, 20, 200, 60, device)
+def test_error_is_at_most_that_of_plain_code(dtype, queries, device):
+    inputs = make(2, queries, 200, 16, 2, 64, 64, dtype, device)
+    indices = lists(2, queries, 200, 60, device)
     grad_out = upstream(inputs)
     found, exact = run(inputs, indices, grad_out), judge(inputs, indices, grad_out)
     assert found[0].dtype == dtype and found[1].dtype == torch.float32
     assert all(gradient.dtype == dtype for gradient in found[2:])
-    kept = torch.zeros(1, 20, 201, dtype=torch.bool, device=device)
+    kept = torch.zeros(2, queries, 201, dtype=torch.bool, device=device)
     kept.scatter_(-1, indices.long().masked_fill(indices < 0, 200), True)
     inputs = [x.detach().requires_grad_() for x in inputs]
     plain = eager_attention(*inputs, kept[..., :-1], SCALE)[0]
     plain = [plain.detach(), None, *torch.autograd.grad(plain, inputs, grad_out)]
+    tiled, _ = reference.sparse_gqa(*inputs, indices, SCALE)
+    tiled = [tiled.detach(), None, *torch.autograd.grad(tiled, inputs, grad_out)]
     torch.testing.assert_close(found[1].double(), exact[1], atol=2e-5, rtol=0)
+    # In float32 both errors are those of the products: the interpreter leaves small tiles to numpy, which rounds more
+    # often than the library behind the plain code.
+    slack = 2 if INTERPRETED and dtype == torch.float32 else 1
     for name, number in (("out", 0), ("grad of q", 2), ("grad of k", 3), ("grad of v", 4)):
-        allowed = (plain[number].double() - exact[number]).norm() + torch.finfo(dtype).eps * exact[number].norm()
+        most = max((code[number].double() - exact[number]).norm() for code in (plain, tiled))
+        allowed = slack * most + torch.finfo(dtype).eps * exact[number].norm()
         error = (found[number].double() - exact[number]).norm()
         print(f"{dtype} {name}: error {error:.2e}, allowed {allowed:.2e}")
         assert error <= allowed, name
