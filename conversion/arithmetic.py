@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-TEXT_PREFIXES = ("model.language_model.", "lm_head.")
+from modeling_keye.weights_keye import is_vision
 
 # Our names, the first match decides.
 _PARTS = (
@@ -24,11 +24,6 @@ _GROUPS = (
     ("fp8 scales", r".*\.weight_scale_inv"),
     ("multi-token prediction layers", r"model\.(language_model\.)?layers\.\d+\..*"),
 )
-
-
-def is_vision(name: str) -> bool:
-    """Whether one of our tensors is part of tower or projector."""
-    return not name.startswith(TEXT_PREFIXES)
 
 
 def text_tensors(expected: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

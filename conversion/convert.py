@@ -14,20 +14,20 @@ from functools import partial
 from pathlib import Path
 
 from modeling_keye import KeyeConfig, KeyeForVideoQA, KeyeProcessor
-from modeling_keye.checkpoint_keye import Checkpoint
-from modeling_keye.layouts_keye import LAYOUTS, Layout, detect_layout, fp8_block, our_config, published_config
+from modeling_keye.checkpoint_keye import Checkpoint, listed
+from modeling_keye.layouts_keye import FP8_BLOCK, LAYOUTS, Layout, detect_layout, fp8_block
+from modeling_keye.published_config_keye import our_config
 from modeling_keye.weights_keye import (
     FP8,
-    FP8_BLOCK,
     SCALE_SUFFIX,
     canonical_name,
     check_scales,
     dropped_names,
+    is_vision,
     plan_loading,
     plan_publishing,
 )
 
-from .arithmetic import is_vision
 from .compare import TensorStream, compare, recipe_stream, stored_stream
 from .folder import (
     RECORD,
@@ -49,6 +49,7 @@ from .folder import (
 )
 from .fresh import fresh_stream
 from .job import DTYPES, Job, run_command, run_job
+from .published_config import published_config
 from .published_settings import changed_generation, lost_settings, processor_texts
 from .shard_writer import make_shard, parse_size, plan_shards
 from .staging import fingerprint_files
@@ -153,7 +154,7 @@ def _plan_ours(folder: Path, source: dict, dtype: str | None, max_shard_size: in
     our_generation = our_generation_config(config, generation)
 
     facts = {"source": f"{len(checkpoint)} tensors in {len(checkpoint.files)} file(s)"}
-    facts["dropped"] = _listed(dropped)
+    facts["dropped"] = listed(dropped) or "nothing"
     if new:
         facts["newly initialised"] = f"{len(new)} tensors of vision tower and projector, which {layout.name} lacks"
     if scales:
@@ -225,7 +226,7 @@ def _plan_published(
 
     facts = {"source": f"{len(source)} tensors in {len(source.files)} file(s)"}
     facts["config.json"] = "as it was published" if layout_name is None else f"written for {layout.name} out of ours"
-    facts["left out"] = _listed([*published.dropped, *lost])
+    facts["left out"] = listed([*published.dropped, *lost]) or "nothing"
     if any(stream.dtype == FP8 for stream in streams):
         facts["fp8"] = f"blocks of {published.block[0]} x {published.block[1]} with the published scales"
     elif (folder / SCALES_FILE).is_file():
@@ -353,7 +354,7 @@ def _refuse_lost_vision(names: Sequence[str], initialised: Sequence[str], layout
     if kept := sorted(set(names) - set(initialised)):
         raise ValueError(
             f"{layout.name} has no vision: {len(names)} tensors of tower and projector would be lost, and not all of "
-            f"them are new ({_listed(kept)}). Choose a layout with vision, or give --drop-vision to lose them."
+            f"them are new ({listed(kept)}). Choose a layout with vision, or give --drop-vision to lose them."
         )
 
 
@@ -367,7 +368,7 @@ def _refuse_trained_vision(names: Sequence[str], checkpoint: Checkpoint, model: 
     if trained:
         raise ValueError(
             f"{layout.name} has no vision: the tower and projector of this folder have been changed since they were "
-            f"new ({_listed(trained)}), and would be lost. Choose a layout with vision, or give --drop-vision to lose "
+            f"new ({listed(trained)}), and would be lost. Choose a layout with vision, or give --drop-vision to lose "
             "them."
         )
 
@@ -391,7 +392,7 @@ def _check_ours(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]], fo
         if name in expected and entry.shape != expected[name]
     ]
     if problems:
-        raise ValueError(f"the weights of {folder} do not fit its config.json: {_listed(problems)}.")
+        raise ValueError(f"the weights of {folder} do not fit its config.json: {listed(problems)}.")
 
 
 def _refuse_changed_config(
@@ -405,9 +406,9 @@ def _refuse_changed_config(
         then.pop("sa_config", None)
     changed = [name for name in {**then, **now} if name not in _INCIDENTAL and then.get(name) != now.get(name)]
     if changed:
-        listed = [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in changed]
+        changes = [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in changed]
         raise ValueError(
-            f"config.json of {folder} has changed since it was converted: {_listed(listed)}. Give --layout "
+            f"config.json of {folder} has changed since it was converted: {listed(changes)}. Give --layout "
             f"{layout.name} to write a configuration for what it says now."
         )
 
@@ -417,11 +418,6 @@ def _fingerprint(folder: Path, weights: Sequence[Path], **options) -> dict[str, 
         **fingerprint_files([*data_files(folder), *weights], "source"),
         **{f"--{name.replace('_', '-')}": str(value) for name, value in options.items()},
     }
-
-
-def _listed(names: Sequence[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) + more) or "nothing"
 
 
 def build_parser() -> argparse.ArgumentParser:

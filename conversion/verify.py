@@ -31,11 +31,12 @@ from modeling_keye.weights_keye import (
     Recipe,
     canonical_name,
     check_scales,
+    is_vision,
     plan_loading,
     plan_publishing,
 )
 
-from .arithmetic import count_groups, count_parts, equation, is_vision, text_tensors
+from .arithmetic import count_groups, count_parts, equation, text_tensors
 from .compare import Difference, TensorStream, compare, plural, recipe_stream, short_dtype, stored_stream
 from .folder import SCALES_FILE, expected_shapes, meta_model, read_json, resolve
 

@@ -7,7 +7,7 @@ import torch
 
 from .checkpoint_keye import INDEX_NAME, Checkpoint, CheckpointError
 from .layouts_keye import detect_layout, fp8_block
-from .weights_keye import Recipe, Source, check_scales, plan_loading
+from .weights_keye import Recipe, Source, check_scales, is_vision, plan_loading
 
 
 class LazyTensor:
@@ -40,11 +40,7 @@ def published_state_dict(
     layout = detect_layout(raw) if raw else None
     if layout is None:
         return None
-    files = sorted(Path(file) for file in checkpoint_files)
-    # The library follows any path that an index names; opened as a folder, the index is checked.
-    checkpoint = Checkpoint.open(folder) if (folder / INDEX_NAME).is_file() else Checkpoint.from_files(files)
-    if checkpoint.files != files:
-        checkpoint = Checkpoint.from_files(files)
+    checkpoint = _opened(folder, sorted(Path(file) for file in checkpoint_files))
     check_scales(checkpoint)
     text_config = model.config.get_text_config()
     new_indexer = getattr(text_config, "indexer_type", None) is not None and not any(
@@ -59,8 +55,8 @@ def published_state_dict(
     tied = getattr(model, "all_tied_weights_keys", None) or {}
 
     def optional(name: str) -> bool:
-        is_vision = name.startswith(("model.visual.", "model.projector."))
-        return name in tied or (is_vision and not layout.has_vision) or (new_indexer and ".indexer." in name)
+        new_vision = is_vision(name) and not layout.has_vision
+        return name in tied or new_vision or (new_indexer and ".indexer." in name)
 
     recipes = plan_loading(
         layout,
@@ -73,3 +69,13 @@ def published_state_dict(
         fp8_dtype=dtype or torch.bfloat16,
     )
     return {name: LazyTensor(recipe, checkpoint) for name, recipe in recipes.items()}
+
+
+def _opened(folder: Path, files: list[Path]) -> Checkpoint:
+    if (folder / INDEX_NAME).is_file():
+        # The library follows any path that an index names; opened as a folder, the index is checked.
+        checkpoint = Checkpoint.open(folder)
+        if checkpoint.files == files:
+            return checkpoint
+    # One file, or with `variant` others than the folder's own.
+    return Checkpoint.from_files(files)

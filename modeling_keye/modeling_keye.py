@@ -5,7 +5,7 @@
 runs through the decoder in chunks of tokens; the cache keeps one row per token and layer (`cache_keye`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from .configuration_keye import KeyeConfig, KeyeTextConfig, KeyeVisionConfig
 from .generation_keye import KeyeGenerationMixin
 from .indexer_objective_keye import LossScale, attach_objective, follow_loss, labelled_share
 from .loading_keye import published_state_dict
+from .packing_keye import packed_bounds, restart_positions
 from .positions_keye import rope_index
 from .sparse_attention_keye import ATTENTION_NAME
 from .vision_keye import KeyeProjector, KeyeVisionAttention, KeyeVisionLayer, KeyeVisionTransformer, encode_media
@@ -246,7 +247,7 @@ class KeyeVisionModel(KeyePreTrainedModel):
 class KeyeModelOutputWithPast(ModelOutput):
     """Output of `KeyeTextModel` and `KeyeModel`.
 
-    rope_deltas: int64 [B, 1], what a text token's position adds to its slot (three-axis position ids only).
+    rope_deltas: int64 [B, 1], what a text token's position adds to its slot (three-axis position ids, not packed).
     indexer_selections: one int32 [B, S, K] per layer that selects, in order: the slots that each query kept
         (`output_indexer_selections=True`).
     indexer_loss: float32 [], the KL divergence that trains the indexer, mean over real tokens and over layers, without
@@ -327,13 +328,19 @@ class KeyeTextModel(KeyePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cu_seq_lens_q: torch.IntTensor | Sequence[int] | None = None,
         **kwargs,
     ) -> KeyeModelOutputWithPast:
         """
         Args:
             attention_mask: [B, T] with 1 at real tokens; `eager` also takes bool or additive [B, 1, S, T].
             position_ids: [B, S], or [3, B, S] (time, height, width) when the configuration has `mrope_section`; a
-                fourth, leading text row is accepted and ignored.
+                fourth, leading text row is not rotated by.
+            cu_seq_lens_q: int32 [n + 1] from 0 to S, where the n sequences of a packed row (batch 1) begin and end.
+                Each attends to itself only; window, anchors and top k count from its own first token; the indexer's
+                loss and recall are means over all tokens of the row. Without it, position ids that start anew tell,
+                given neither a mask nor a cache (`packing_keye.packed_bounds`). A packed row is never chunked and
+                returns no cache. `cu_seq_lens_k`, `max_length_q` and `max_length_k` are accepted and not needed.
             prefill_chunk_size (keyword): overrides the configuration's for this call.
             indexer_loss_scale (keyword): where the scale of this call's loss will stand, see `follow_loss`.
         """
@@ -344,7 +351,10 @@ class KeyeTextModel(KeyePreTrainedModel):
         batch, num_queries = inputs_embeds.shape[:2]
         if num_queries == 0:
             raise ValueError("The input holds no token; pass at least one.")
+        bounds = packed_bounds(cu_seq_lens_q, position_ids, attention_mask, past_key_values, batch, num_queries)
         chunk = self._chunk_size(num_queries, kwargs)
+        if bounds is not None:
+            use_cache, chunk = False, num_queries
         keep_cache = use_cache
         if past_key_values is None and (use_cache or chunk < num_queries):
             past_key_values = DynamicCache(config=self.config)
@@ -352,6 +362,14 @@ class KeyeTextModel(KeyePreTrainedModel):
         if past_key_values is not None:
             adopt_growing_layers(past_key_values, self.config.num_hidden_layers, offset + num_queries)
         mask, first_slot = self._prepare_mask(attention_mask, batch, offset + num_queries)
+        if bounds is not None:
+            if mask is not None:
+                raise ValueError(
+                    f"`attention_mask` {tuple(mask.shape)} masks tokens of {len(bounds) - 1} packed sequences. A "
+                    "packed row has no padding: leave the mask out."
+                )
+            if position_ids is None:
+                position_ids = restart_positions(torch.arange(num_queries, device=inputs_embeds.device)[None], bounds)
         position_ids = self._prepare_positions(position_ids, mask, batch, offset, num_queries, inputs_embeds.device)
 
         scale = kwargs.pop("indexer_loss_scale", None)
@@ -367,6 +385,7 @@ class KeyeTextModel(KeyePreTrainedModel):
                 past_key_values,
                 offset + begin,
                 first_slot,
+                bounds=bounds,
                 **kwargs,
             )
             outputs.append(hidden_states)
@@ -563,6 +582,7 @@ class KeyeModel(KeyePreTrainedModel):
         second_per_grid_ts: Iterable[float] | None = None,
         mm_encoder_outputs: dict | None = None,
         use_cache: bool | None = None,
+        cu_seq_lens_q: torch.IntTensor | Sequence[int] | None = None,
         **kwargs,
     ) -> KeyeModelOutputWithPast:
         """
@@ -572,6 +592,8 @@ class KeyeModel(KeyePreTrainedModel):
             image_grid_thw, video_grid_thw: [rows, 3] (frames, height, width) in patches.
             mm_encoder_outputs: {"image": ..., "video": ...} from `get_image_features` / `get_video_features` in place
                 of pixels.
+            position_ids, cu_seq_lens_q: see `KeyeTextModel.forward`. Media of packed sequences stand in their order;
+                three-axis positions that are not given are made, from `cu_seq_lens_q` then.
 
         Raises `ValueError` when the placeholders and the features differ in number.
         """
@@ -592,6 +614,13 @@ class KeyeModel(KeyePreTrainedModel):
         past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if past_length == 0 and input_ids is not None:
             self._refuse_lone_placeholders(input_ids, features)
+        shape = inputs_embeds.shape[:2]
+        bounds = packed_bounds(cu_seq_lens_q, position_ids, attention_mask, past_key_values, *shape)
+        if bounds is not None and use_cache:
+            raise ValueError(
+                f"A row of {len(bounds) - 1} packed sequences leaves no cache to go on from: leave out "
+                "`use_cache=True`."
+            )
         if position_ids is None and three_axes:
             if input_ids is None and features:
                 raise ValueError("Three-axis positions of images and videos need `input_ids` or `position_ids`.")
@@ -600,16 +629,19 @@ class KeyeModel(KeyePreTrainedModel):
                 input_ids, inputs_embeds.shape[1], padding, past_key_values, image_grid_thw, video_grid_thw,
                 second_per_grid_ts,
             )  # fmt: skip
+            if position_ids is not None and bounds is not None:
+                position_ids = restart_positions(position_ids, bounds)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            cu_seq_lens_q=bounds or (0, shape[1]),  # what was found here is not searched for again
             return_dict=True,
             **kwargs,
         )
-        if three_axes and position_ids is not None and position_ids.dim() == 3:
+        if three_axes and position_ids is not None and position_ids.dim() == 3 and bounds is None:
             seen = past_length + inputs_embeds.shape[1]
             outputs.rope_deltas = position_ids[-3:].amax(dim=(0, 2)).unsqueeze(1) + 1 - seen
             if outputs.past_key_values is not None:
@@ -757,11 +789,14 @@ class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
         mm_encoder_outputs: dict | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cu_seq_lens_q: torch.IntTensor | Sequence[int] | None = None,
         **kwargs,
     ) -> KeyeForVideoQAOutput:
         """
         Args:
-            labels: [B, S] token ids, -100 where no loss is wanted (padding, prompt, placeholders); shifted inside.
+            labels: [B, S] token ids, -100 where no loss is wanted (padding, prompt, placeholders); shifted inside. The
+                first label of each sequence of a packed row must be -100, as the library's
+                `DataCollatorWithFlattening` sets it: the token before it belongs to another sequence.
             logits_to_keep: compute logits for the last n tokens only, or for the given indices; 0 means all.
 
         The other arguments are those of `KeyeModel.forward`.
@@ -780,6 +815,7 @@ class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
             second_per_grid_ts=second_per_grid_ts,
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
+            cu_seq_lens_q=cu_seq_lens_q,
             return_dict=True,
             indexer_loss_scale=scale,
             **kwargs,

@@ -11,7 +11,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .frame_budget_keye import FAST
 from .image_processing_keye import KeyeImageProcessor, KeyeImagesKwargs, flatten_images
-from .layouts_keye import Layout, our_config
+from .layouts_keye import Layout
+from .published_config_keye import our_config
 from .published_processor_keye import (
     HUB_OPTIONS,
     load_tokenizer,

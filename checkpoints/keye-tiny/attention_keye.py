@@ -6,12 +6,14 @@ moves into the query and the value up-projection behind the attention, so that t
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from .indexer_objective_keye import IndexerLoss, caught_mass, query_weights
+from .packing_keye import attend_each, join_selections, sequence_lengths
 from .sparse_attention_keye import (
     Selection,
     dense_attention,
@@ -226,6 +228,7 @@ class KeyeAttention(nn.Module):
         first_slot: int = 0,
         output_indexer_selections: bool = False,
         with_objective: bool = False,
+        bounds: tuple[int, ...] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """
@@ -234,6 +237,7 @@ class KeyeAttention(nn.Module):
             attention_mask: bool [B, T] at real tokens, or None; for `eager` also bool [B, 1, S, T].
             query_offset: cache slot of the first query. first_slot: lowest slot that holds a real token.
             with_objective: compute the indexer's loss; in its warm-up stage attention is dense then.
+            bounds: of the sequences of a packed row (`packing_keye`), which comes without mask and cache.
 
         Returns:
             output [B, S, hidden], attention weights [B, H, S, T] (`eager` only), selected slots int32 [B, S, K] when
@@ -255,12 +259,19 @@ class KeyeAttention(nn.Module):
         # With a graph for the indexer's loss, without one for the selection.
         learned = index if with_objective else None
         index = None if index is None else tuple(part.detach() for part in index)
+        weights = None
         if self.config._attn_implementation == "eager":
             self.backend_ran = "dense mask"
-            return self._eager(queries, states, index, learned, attention_mask, query_offset, output_indexer_selections)
-        return self._tiled(
-            queries, states, index, learned, attention_mask, query_offset, first_slot, output_indexer_selections
-        )
+            output, weights, selected, objective = self._eager(
+                queries, states, index, learned, attention_mask, query_offset, output_indexer_selections, bounds
+            )
+        else:
+            self.backend_ran = "dense"  # until a query has to select
+            attend = self._tiled if bounds is None else partial(attend_each, self._tiled, bounds)
+            output, selected, objective = attend(
+                queries, states, index, learned, attention_mask, query_offset, first_slot, output_indexer_selections
+            )
+        return self.o_proj(output.flatten(2)), weights, selected, objective
 
     def _index(self, hidden_states, query_latent, position_embeddings, with_objective: bool):
         # The loss of the indexer stays in the indexer; without it nothing needs a graph here, as a selection has no
@@ -276,7 +287,6 @@ class KeyeAttention(nn.Module):
         num_visible = query_offset + num_queries - first_slot
         num_dense = selection.dense_length(num_visible) + first_slot - query_offset
         num_dense = num_queries if selection.is_dense else min(max(num_dense, 0), num_queries)
-        self.backend_ran = "dense"  # until a query has to select
         loss = None if learned is None else self._start_loss(queries, learned, query_offset, key_mask)
         outputs, selections = [], []
         if num_dense:
@@ -300,14 +310,12 @@ class KeyeAttention(nn.Module):
         if output_selections and self.is_sparse:
             if num_dense:
                 selections.insert(0, self._select(index, batch, 0, num_dense, query_offset, key_mask, queries.device))
-            width = max(part.shape[-1] for part in selections)
-            selections = [nn.functional.pad(part, (0, width - part.shape[-1]), value=-1) for part in selections]
-            kept = torch.cat(selections, dim=1)
+            kept = join_selections(selections)
         objective = None
         if loss is not None:
             recall = self._sampled_recall(queries, states, index, key_mask, query_offset, first_slot)
             objective = torch.stack([loss.result().float(), recall.float()])
-        return self.o_proj(output.flatten(2)), None, kept, objective
+        return output, kept, objective
 
     def _select(self, index, batch, begin, end, query_offset, key_mask, device):
         q, k, gates = (
@@ -360,15 +368,15 @@ class KeyeAttention(nn.Module):
             caught = caught + (share * weight).sum()
         return caught / total
 
-    def _eager(self, queries, states, index, learned, attention_mask, query_offset, output_selections):
-        shape = queries.shape[:2]
-        kept = eager_selection(self.selection, index, shape, query_offset, attention_mask, queries.device)
+    def _eager(self, queries, states, index, learned, attention_mask, query_offset, output_selections, bounds):
+        place = (queries.shape[:2], query_offset, attention_mask, queries.device, bounds)
+        kept = eager_selection(self.selection, index, *place)
         keys, values = self.expand(states)
         objective = None
         if learned is None:
             output, weights = eager_attention(queries, keys, values, kept, self.scaling)
         else:
-            visible = eager_selection(Selection(), None, shape, query_offset, attention_mask, queries.device)
+            visible = eager_selection(Selection(), None, *place)
             attended = visible if self.config.indexer_stage == "warmup" else kept
             output, weights = eager_attention(queries, keys, values, attended, self.scaling)
             dense = eager_attention(queries, keys, values, visible, self.scaling)[1]
@@ -377,8 +385,9 @@ class KeyeAttention(nn.Module):
         if output_selections and self.is_sparse:
             num_keys = kept.shape[-1]
             slots = torch.where(kept, torch.arange(num_keys, device=kept.device), num_keys).sort(dim=-1).values
-            selection = slots.masked_fill(slots == num_keys, -1)[..., : self.selection.width(num_keys)].to(torch.int32)
-        return self.o_proj(output.flatten(2)), weights, selection, objective
+            width = self.selection.width(num_keys if bounds is None else max(sequence_lengths(bounds)))
+            selection = slots.masked_fill(slots == num_keys, -1)[..., :width].to(torch.int32)
+        return output, weights, selection, objective
 
 
 class KeyeLatentAttention(KeyeAttention):

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
@@ -123,22 +123,22 @@ class Checkpoint(Mapping[str, StoredTensor]):
         missing = [name for name, file in shards.items() if not file.is_file()]
         if missing:
             raise CheckpointError(
-                f"{folder} lacks {len(missing)} of the {len(shards)} shards that {INDEX_NAME} names: {_some(missing)}; "
-                "download the missing files"
+                f"{folder} lacks {len(missing)} of the {len(shards)} shards that {INDEX_NAME} names: "
+                f"{listed(missing, form=repr)}; download the missing files"
             )
         files = sorted(set(shards.values()))
         checkpoint = cls([tensor for file in files for tensor in _read_header(file)], files, folder)
         absent = [name for name in weight_map if name not in checkpoint]
         if absent:
             raise CheckpointError(
-                f"{index} names tensors that no shard holds ({len(absent)}): {_some(absent)}; "
+                f"{index} names tensors that no shard holds ({len(absent)}): {listed(absent, form=repr)}; "
                 "index and shards are of different checkpoints, download them together"
             )
         unnamed = [name for name in checkpoint if name not in weight_map]
         if unnamed:
             raise CheckpointError(
                 f"the shards of {folder} hold tensors that {INDEX_NAME} does not name ({len(unnamed)}): "
-                f"{_some(unnamed)}; index and shards are of different checkpoints, download them together"
+                f"{listed(unnamed, form=repr)}; index and shards are of different checkpoints, download them together"
             )
         for name, tensor in checkpoint.items():
             if tensor.file != shards[weight_map[name]]:
@@ -160,15 +160,23 @@ class Checkpoint(Mapping[str, StoredTensor]):
     def __repr__(self) -> str:
         return f"Checkpoint({len(self)} tensors in {len(self.files)} files, folder={str(self.folder)!r})"
 
-    def read(self, name: str, start: int | None = None, stop: int | None = None) -> torch.Tensor:
+    def read(
+        self, name: str, start: int | None = None, stop: int | None = None, part: int | None = None
+    ) -> torch.Tensor:
         """Tensor `name`, or its rows `[start:stop]` along the first dimension with the rules of Python slices, in its
-        stored dtype, on the CPU, in memory of its own. Only the asked bytes are read.
+        stored dtype, on the CPU, in memory of its own. With `part`, the same of `tensor[part]`, such as one of several
+        experts. Only the asked bytes are read.
 
-        Raises KeyError for an unknown name, ValueError for rows of a 0-dim tensor, CheckpointError when the file has
-        become shorter since it was opened.
+        Raises KeyError for an unknown name, IndexError for a part that is not there, ValueError for rows of a 0-dim
+        tensor, CheckpointError when the file has become shorter since it was opened.
         """
         stored = self[name]
         shape, offset, nbytes = stored.shape, stored.offset, stored.nbytes
+        if part is not None:
+            if not 0 <= part < (shape[0] if shape else 0):
+                raise IndexError(f"tensor {name!r} of shape {list(shape)} has no part {part}")
+            shape, nbytes = shape[1:], nbytes // shape[0]
+            offset += part * nbytes
         if start is not None or stop is not None:
             if not shape:
                 raise ValueError(f"tensor {name!r} has no dimensions, so rows {start}:{stop} cannot be read")
@@ -339,20 +347,21 @@ def _explain_no_weights(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     if found := [name for name in names if name.endswith(".safetensors")]:
         return (
-            f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}, only {_some(found)}; "
+            f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}, only {listed(found, form=repr)}; "
             f"download {INDEX_NAME}, or name one .safetensors file"
         )
     if found := [name for name in names if name.endswith(_PICKLE_SUFFIXES)]:
         return (
-            f"{folder} has only pickle files ({_some(found)}), which can run code when loaded; "
+            f"{folder} has only pickle files ({listed(found, form=repr)}), which can run code when loaded; "
             "convert to safetensors first"
         )
     return f"{folder} has no weights: expected {WEIGHTS_NAME} or {INDEX_NAME} with its shards"
 
 
-def _some(names: list[str], limit: int = 5) -> str:
+def listed(names: Sequence[str], limit: int = 5, form: Callable[[str], str] = str) -> str:
+    """The first names for a message, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(repr, names[:limit])) + more
+    return ", ".join(map(form, names[:limit])) + more
 
 
 def _brief(value: object) -> str:

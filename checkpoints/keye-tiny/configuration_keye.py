@@ -16,15 +16,14 @@ from transformers.configuration_utils import ALLOWED_LAYER_TYPES, PreTrainedConf
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .layouts_keye import detect_layout, our_config
+from .checkpoint_keye import Checkpoint
+from .layouts_keye import detect_layout
 from .presets_keye import PRESETS
+from .published_config_keye import our_config
 
 # The library renamed the layer type that selects a cache with indexer keys after 5.17.
 _INDEXED_NAMES = ("indexed_attention", "deepseek_sparse_attention")
 INDEXED_LAYER_TYPE = next(name for name in _INDEXED_NAMES if name in ALLOWED_LAYER_TYPES)
-
-# The format's own limit for the header of a safetensors file.
-_MAX_HEADER_BYTES = 100_000_000
 
 AUTO_MAP = {
     "AutoConfig": "configuration_keye.KeyeConfig",
@@ -88,10 +87,7 @@ def _stored_names(folder_or_repo: str | os.PathLike, **kwargs) -> list[str] | No
             with open(index, encoding="utf-8") as file:
                 return list(json.load(file)["weight_map"])
         weights = cached_file(folder_or_repo, SAFE_WEIGHTS_NAME, **options)
-        if weights is None:
-            return None
-        with open(weights, "rb") as file:
-            return list(json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _MAX_HEADER_BYTES))))
+        return None if weights is None else list(Checkpoint.from_files([weights]))
     except (ValueError, KeyError, TypeError):
         return None  # Damaged weights are reported by what loads them.
 

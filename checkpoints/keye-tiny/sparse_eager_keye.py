@@ -11,12 +11,19 @@ import torch
 
 @torch.no_grad()
 def eager_selection(
-    selection, index, shape: tuple[int, int], query_offset: int, attention_mask: torch.Tensor | None, device
+    selection,
+    index,
+    shape: tuple[int, int],
+    query_offset: int,
+    attention_mask: torch.Tensor | None,
+    device,
+    bounds: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
     """Bool [B, S, T], True where the query keeps the key.
 
     index: indexer queries [B, S, Hi, Di], keys [B, T, Di], gates [B, S, Hi], or None. attention_mask: bool [B, T] at
-    real tokens, bool [B, 1, S, T] of allowed pairs, or None.
+    real tokens, bool [B, 1, S, T] of allowed pairs, or None. bounds: of the sequences of a packed row, see
+    `packing_keye`.
     """
     batch, num_queries = shape
     num_keys = query_offset + num_queries
@@ -32,6 +39,10 @@ def eager_selection(
         real = attention_mask[:, None, :num_keys].bool()
         visible = visible & real
         start = real.to(torch.uint8).argmax(dim=-1, keepdim=True)
+    elif bounds is not None:
+        begins = torch.tensor(bounds, device=device)
+        start = begins[:-1].repeat_interleave(begins.diff()).view(1, -1, 1)
+        visible = visible & (keys >= start)
     if selection.is_dense:
         return visible
     kept = torch.zeros_like(visible)

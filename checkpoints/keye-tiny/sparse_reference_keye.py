@@ -13,6 +13,8 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from .index_lists_keye import pack_index_list, unpack_index_list
+
 # Queries whose scores against all keys are held at once, and keys per scoring tile. Measured on two AVX-512 cores:
 # larger blocks fall out of the cache, smaller ones lose the matrix product.
 _QUERY_BLOCK = 128
@@ -152,14 +154,15 @@ class _SparseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, indices, scaling, value_dim):
         out, lse = _gathered_attention(q, k, v, indices, scaling, value_dim)
-        ctx.save_for_backward(q, k, v, indices, out, lse)
-        ctx.scaling, ctx.value_dim = scaling, value_dim
+        ctx.save_for_backward(q, k, v, *pack_index_list(indices, k.shape[2]), out, lse)
+        ctx.scaling, ctx.value_dim, ctx.width = scaling, value_dim, indices.shape[-1]
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx, grad_out, _):
-        q, k, v, indices, out, lse = ctx.saved_tensors
+        q, k, v, shared, rest, out, lse = ctx.saved_tensors
+        indices = unpack_index_list(shared, rest, ctx.width)
         dtype = lse.dtype
         grad_q = torch.empty_like(q)
         grad_k = torch.zeros(k.shape, dtype=dtype, device=k.device)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from .checkpoint_keye import CheckpointError, StoredTensor
-from .layouts_keye import Layout
+from .layouts_keye import FP8_BLOCK, Layout
 
 # Bytes of one piece of a tensor.
 PIECE_BYTES = 8 * 2**20
@@ -21,7 +21,6 @@ PIECE_BYTES = 8 * 2**20
 FP8 = torch.float8_e4m3fn
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SCALE_SUFFIX = "weight_scale_inv"
-FP8_BLOCK = (128, 128)
 
 # Longest first: the published modules are flat, files saved again by newer libraries carry one more segment.
 _CANONICAL_PREFIXES = (
@@ -37,6 +36,7 @@ _OUR_PREFIXES = (
     ("model.", "model.language_model."),
 )
 _VISION_PREFIXES = ("visual.", "mlp_AR.")
+_OUR_VISION_PREFIXES = tuple(ours for published, ours in _OUR_PREFIXES if published in _VISION_PREFIXES)
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 _FUSED_EXPERTS = re.compile(r".*\.mlp\.experts\.(gate_up_proj|down_proj)")
 # Problems named in one message; the rest is counted.
@@ -46,8 +46,10 @@ _LISTED = 10
 class Source(Protocol):
     """Where a recipe reads: a `Checkpoint`, or several behind one `read`."""
 
-    def read(self, name: str, start: int | None = None, stop: int | None = None) -> torch.Tensor:
-        """Rows `start` to `stop` of a stored tensor."""
+    def read(
+        self, name: str, start: int | None = None, stop: int | None = None, part: int | None = None
+    ) -> torch.Tensor:
+        """Rows `start` to `stop` of a stored tensor, or of `tensor[part]`."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ def canonical_name(layout: Layout, stored_name: str) -> str:
         if layout.has_vision and stored_name.startswith(prefix):
             return canonical + stored_name.removeprefix(prefix)
     return stored_name
+
+
+def is_vision(name: str) -> bool:
+    """Whether one of our tensors is part of tower or projector."""
+    return name.startswith(_OUR_VISION_PREFIXES)
 
 
 def dropped_names(layout: Layout, stored: Mapping[str, StoredTensor], num_hidden_layers: int) -> list[str]:
@@ -423,7 +430,7 @@ def _one_expert(name, stored_name, info, rows, expert, dtype) -> Recipe:
     dtype = _result_dtype(name, info.dtype, dtype)
 
     def parts(source: Source) -> Iterator[torch.Tensor]:
-        yield source.read(stored_name, expert, expert + 1)[0, rows[0] : rows[1]].to(dtype).contiguous()
+        yield source.read(stored_name, *rows, part=expert).to(dtype)
 
     return Recipe(name, (rows[1] - rows[0], info.shape[2]), dtype, (stored_name,), parts)
 
@@ -444,12 +451,9 @@ def _quantised(name, stored_name, info, scale_name, scale_info, block, rows, exp
 
     def parts(source: Source) -> Iterator[torch.Tensor]:
         scale = source.read(scale_name)
-        if expert is not None:
-            pieces = [(0, source.read(stored_name, expert, expert + 1)[0, rows[0] : rows[1]])]
-        else:
-            ranges = _row_ranges(shape, 4, block[0])
-            pieces = ((start, source.read(stored_name, start, stop)) for start, stop in ranges)
-        for start, values in pieces:
+        first = 0 if expert is None else rows[0]
+        for start, stop in _row_ranges(shape, 4, block[0]):
+            values = source.read(stored_name, first + start, first + stop, part=expert)
             spread = _spread(scale, start, values.shape, block)
             quantised = _to_fp8(values, spread)
             if not torch.equal((quantised.float() * spread).to(values.dtype), values):

@@ -7,11 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-import modeling_keye.configuration_keye as configuration_keye
-from conversion import convert as convert_module
 from conversion.convert import main
 from conversion.staging import partial_folder
-from tests.model.factories import VISION
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -57,15 +54,3 @@ def refusal(capsys, *arguments) -> str:
 
 def assert_nothing_written(dst: Path) -> None:
     assert not dst.exists() and not partial_folder(dst).exists()
-
-
-def make_new_towers_small(monkeypatch) -> None:
-    """A text checkpoint gets a tower of the default size, 0.4 billion parameters; from here on it gets a small one."""
-    real = configuration_keye.our_config
-
-    def our_config(raw: dict) -> dict:
-        ours = real(raw)
-        return ours if ours["vision_config"] else {**ours, "vision_config": VISION}
-
-    for module in (configuration_keye, convert_module):
-        monkeypatch.setattr(module, "our_config", our_config)

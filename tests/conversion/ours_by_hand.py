@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from conversion.folder import expected_shapes, meta_model
 from modeling_keye.configuration_keye import KeyeConfig
-from modeling_keye.layouts_keye import our_config
+from modeling_keye.published_config_keye import our_config
 from tests.conversion.published import VISION_LAYOUTS, dequantised, published_checkpoint
 
 NEW = ("model.visual.", "model.projector.")

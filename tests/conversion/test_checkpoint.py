@@ -57,6 +57,25 @@ def test_rows_are_those_of_a_slice(tmp_path, start, stop):
         assert_same(checkpoint.read(name, start, stop), tensor[start:stop].contiguous())
 
 
+@pytest.mark.parametrize(("start", "stop"), [(None, None), (1, 3), (4, 9), (-2, None)])
+def test_rows_of_a_part_are_those_of_the_part(tmp_path, start, stop):
+    tensors = {"x": torch.randn(3, 5, 2), "flat": torch.arange(15).view(3, 5), "empty": torch.empty(3, 5, 0)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    for name, tensor in tensors.items():
+        for part in range(3):
+            assert_same(checkpoint.read(name, start, stop, part), tensor[part, start:stop].contiguous())
+
+
+@pytest.mark.parametrize(("name", "part"), [("x", 3), ("x", -1), ("number", 0), ("none", 0)])
+def test_parts_that_are_not_there_are_refused(tmp_path, name, part):
+    save_file(
+        {"x": torch.ones(3, 5), "number": torch.ones(()), "none": torch.empty(0, 5)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(IndexError, match=f"'{name}' of shape .* has no part {part}"):
+        Checkpoint.open(tmp_path).read(name, part=part)
+
+
 def test_rows_of_a_number_are_refused(tmp_path):
     save_file({"x": torch.tensor(3.0)}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)

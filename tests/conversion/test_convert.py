@@ -12,7 +12,7 @@ import modeling_keye.configuration_keye as configuration_keye
 from conversion.convert import convert, main
 from modeling_keye import KeyeConfig, KeyeForVideoQA, KeyeProcessor
 from modeling_keye.configuration_keye import AUTO_MAP
-from tests.conversion.folders import assert_nothing_written, contents, copied, different, make_new_towers_small, stored
+from tests.conversion.folders import assert_nothing_written, contents, copied, different, stored
 from tests.conversion.published import VISION_LAYOUTS, dequantised, published_checkpoint, write_published
 from tests.model.factories import VISION
 
@@ -45,22 +45,7 @@ SOURCES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_new_towers(monkeypatch):
-    make_new_towers_small(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """Keye-VL-2.0, which the tests that change it copy."""
-    return write_published(tmp_path_factory.mktemp("source") / "keye-2", "keye_vl_2", shards=2)
-
-
-@pytest.fixture(scope="module")
-def ours(source, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ours") / "ours"
-    convert(source, folder, max_shard_size="300KB")
-    return folder
+pytestmark = pytest.mark.usefixtures("small_new_towers")
 
 
 @pytest.mark.parametrize("name", SOURCES)

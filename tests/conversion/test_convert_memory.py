@@ -19,7 +19,8 @@ import torch
 from conversion.folder import expected_shapes, meta_model
 from modeling_keye import KeyeConfig
 from modeling_keye.checkpoint_keye import DTYPES, StoredTensor
-from modeling_keye.layouts_keye import detect_layout, our_config
+from modeling_keye.layouts_keye import detect_layout
+from modeling_keye.published_config_keye import our_config
 from modeling_keye.weights_keye import plan_publishing
 from tests.conversion.full_size import KEYE_2_0, KEYE_671B, VISION
 

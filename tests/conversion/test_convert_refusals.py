@@ -18,25 +18,11 @@ from tests.conversion.folders import (
     contents,
     copied,
     different,
-    make_new_towers_small,
     refusal,
     stored,
 )
 from tests.conversion.published import write_published
 from tests.conversion.safetensors_files import write
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """Keye-VL-2.0, which the tests that change it copy."""
-    return write_published(tmp_path_factory.mktemp("source") / "keye-2", "keye_vl_2", shards=2)
-
-
-@pytest.fixture(scope="module")
-def ours(source, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ours") / "ours"
-    convert(source, folder, max_shard_size="300KB")
-    return folder
 
 
 def first_shard(folder: Path) -> Path:
@@ -289,9 +275,8 @@ def test_fp8_values_that_cannot_be_restored_are_refused(tmp_path, capsys):
 
 
 @pytest.fixture
-def text_model(tmp_path, monkeypatch) -> Path:
+def text_model(small_new_towers, tmp_path) -> Path:
     """DeepSeek-V3 with the new tower that a conversion gives it."""
-    make_new_towers_small(monkeypatch)
     published = write_published(tmp_path / "published", "deepseek_v3")
     convert(published, tmp_path / "text-ours", max_shard_size="1GB")
     return tmp_path / "text-ours"

@@ -12,20 +12,6 @@ from conversion import shard_writer, staging
 from conversion.convert import convert, main
 from conversion.staging import Staging, partial_folder
 from tests.conversion.folders import contents, copied, refusal
-from tests.conversion.published import write_published
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """Keye-VL-2.0, which the tests that change it copy."""
-    return write_published(tmp_path_factory.mktemp("source") / "keye-2", "keye_vl_2", shards=2)
-
-
-@pytest.fixture(scope="module")
-def ours(source, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ours") / "ours"
-    convert(source, folder, max_shard_size="300KB")
-    return folder
 
 
 def failing_writes(monkeypatch, after: int, error: BaseException) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from conversion.published_config import published_config
 from modeling_keye import KeyeConfig, KeyeForVideoQA
 from modeling_keye.configuration_keye import INDEXED_LAYER_TYPE, KeyeTextConfig, KeyeVisionConfig
-from modeling_keye.layouts_keye import LAYOUTS, detect_layout, fp8_block, our_config, published_config
+from modeling_keye.layouts_keye import LAYOUTS, detect_layout, fp8_block
 from modeling_keye.presets_keye import PRESETS
+from modeling_keye.published_config_keye import our_config
 from tests.conversion.full_size import (
     DEEPSEEK_V3,
     DEEPSEEK_V32,

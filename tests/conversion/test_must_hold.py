@@ -9,24 +9,23 @@ import random
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import modeling_keye.configuration_keye as configuration_keye
-from conversion import convert as convert_module
 from conversion import staging
 from conversion.convert import convert
 from conversion.staging import partial_folder
 from conversion.verify import NotComparableError, Side
 from modeling_keye.checkpoint_keye import DTYPES
-from tests.conversion import published_tensors, test_convert_kill
+from tests.conversion import published_tensors
 from tests.conversion.folders import assert_nothing_written, contents, different, stored
 from tests.conversion.full_size import FULL_SIZE
+from tests.conversion.killed_runs import assert_looks_unfinished
 from tests.conversion.published import published_checkpoint, write_published
-from tests.model.factories import VISION
 
 PACKING_TABLE = "visual.vision_model.embeddings.packing_position_embedding.weight"
 PACKING, HEAD = {"packing position table": 37_748_736}, {"vision pooling head": 15_238_352}
@@ -158,22 +157,9 @@ FORMS = {
 }
 
 
-@pytest.fixture
-def small_new_tower(monkeypatch):
-    """A text checkpoint gets a tower of the default size, 0.4 billion parameters; here it gets a small one."""
-    real = configuration_keye.our_config
-
-    def our_config(raw: dict) -> dict:
-        ours = real(raw)
-        return ours if ours["vision_config"] else {**ours, "vision_config": VISION}
-
-    for module in (configuration_keye, convert_module):
-        monkeypatch.setattr(module, "our_config", our_config)
-
-
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_comes_back_bit_for_bit(form, sharded, small_new_tower, tmp_path):
+def test_every_form_comes_back_bit_for_bit(form, sharded, small_new_towers, tmp_path):
     options = FORMS[form]
     write_published(tmp_path / "published", shards=3 if sharded else 1, **options)
     size = "300KB" if sharded else "5GB"
@@ -192,12 +178,6 @@ def test_every_form_comes_back_bit_for_bit(form, sharded, small_new_tower, tmp_p
 KILLS = 6
 
 
-def go_back_and_die(source: str, dst: str, log: str, moment: int, halfway: bool) -> None:
-    """The way back, killed at the given call that changes the disk; called in a process of its own."""
-    test_convert_kill.OPTIONS = {**test_convert_kill.OPTIONS, "to": "published"}
-    test_convert_kill.run_and_die(source, dst, log, moment, halfway)
-
-
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory) -> Path:
     """fp8, whose blocks are made again on the way back, out of experts in one tensor."""
@@ -208,20 +188,8 @@ def ours(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def go_back(ours, tmp_path_factory) -> Callable[..., tuple[int, list[dict]]]:
-    """Run the way back to its end or to `moment`; exit code, and what happened in order."""
-    context = test_convert_kill.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([test_convert_kill.__name__])
-    log = tmp_path_factory.mktemp("log") / "log"
-
-    def run(dst: Path, moment: int = -1, halfway: bool = False) -> tuple[int, list[dict]]:
-        log.unlink(missing_ok=True)
-        process = context.Process(target=go_back_and_die, args=(str(ours), str(dst), str(log), moment, halfway))
-        process.start()
-        process.join()
-        return process.exitcode, [json.loads(line) for line in log.read_text().splitlines()]
-
-    return run
+def go_back(convert_and_die, ours) -> Callable[..., tuple[int, list[dict]]]:
+    return partial(convert_and_die, ours, to="published", max_shard_size="400KB")
 
 
 def while_writing(events: list[dict]) -> list[dict]:
@@ -255,7 +223,7 @@ def test_the_way_back_goes_on_after_kills(go_back, tmp_path):
         dst = tmp_path / f"back-{moment}"
         code, before = go_back(dst, moment, generator.random() < 0.5)
         assert code == -signal.SIGKILL
-        test_convert_kill.assert_looks_unfinished(dst, expected)
+        assert_looks_unfinished(dst, expected)
         finished = [event["finished"] for event in before if event.get("finished")]
         code, after = go_back(dst)
         assert code == 0 and contents(dst) == expected and not partial_folder(dst).exists(), moment

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from modeling_keye import KeyeConfig, KeyeForVideoQA
-from modeling_keye.layouts_keye import our_config
+from modeling_keye.published_config_keye import our_config
 from tests.conversion.full_size import FULL_SIZE
 
 # What published files hold beyond our modules: positions for packed images, and the pooling head of SigLIP.

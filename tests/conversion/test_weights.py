@@ -22,8 +22,11 @@ class Memory(dict):
         super().__init__(entries)
         self.tensors = tensors
 
-    def read(self, name: str, start: int | None = None, stop: int | None = None) -> torch.Tensor:
-        return self.tensors[name] if start is None else self.tensors[name][start:stop]
+    def read(
+        self, name: str, start: int | None = None, stop: int | None = None, part: int | None = None
+    ) -> torch.Tensor:
+        tensor = self.tensors[name] if part is None else self.tensors[name][part]
+        return tensor if start is None else tensor[start:stop]
 
 
 def every_fp8_value() -> torch.Tensor:

@@ -62,12 +62,16 @@ def bare_folder(saved_folder, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def expected_tokens(clip) -> list[int]:
+def answer_of_the_package(clip: Path) -> list[int]:
     """What the package's own model answers, without any folder."""
     inputs = encode(small_processor(), clip)
     output = small_model().generate(**inputs, max_new_tokens=8, do_sample=False)
     return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.fixture(scope="session")
+def expected_tokens(clip) -> list[int]:
+    return answer_of_the_package(clip)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,8 @@ from huggingface_hub import constants
 
 from conversion import card, publish
 from conversion.publish_upload import LocalFile
-from tests.model.checkpoints import encode, small_model, small_processor
+from tests.hub.conftest import answer_of_the_package
+from tests.model.checkpoints import small_model, small_processor
 from tests.processing.conftest import write_clip
 from tests.publishing.hub_server import WRITER, HubServer
 
@@ -104,10 +105,7 @@ def clip(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def expected_tokens(clip) -> list[int]:
-    """What the package's own model answers, without any folder."""
-    inputs = encode(small_processor(), clip)
-    output = small_model().generate(**inputs, max_new_tokens=8, do_sample=False)
-    return output[0, inputs["input_ids"].shape[1] :].tolist()
+    return answer_of_the_package(clip)
 
 
 @pytest.fixture(scope="session")
