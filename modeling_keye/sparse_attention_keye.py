@@ -15,26 +15,32 @@ tokens, or None when all are.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from .flash_attention_keye import flash_causal, flash_version
+from .ops_keye import select_tokens as _triton_select_tokens
+from .ops_keye import sparse_gqa as _triton_sparse_gqa
+from .ops_keye import sparse_mla as _triton_sparse_mla
 from .sparse_reference_keye import dense_attention as _torch_dense_attention
 from .sparse_reference_keye import dense_latent_attention as _torch_dense_latent_attention
 from .sparse_reference_keye import forced_count
 from .sparse_reference_keye import select_tokens as _torch_select_tokens
 from .sparse_reference_keye import sparse_gqa as _torch_sparse_gqa
 from .sparse_reference_keye import sparse_mla as _torch_sparse_mla
-from .triton_common_keye import triton_usable
-from .triton_gqa_keye import sparse_gqa as _triton_sparse_gqa
+from .triton_common_keye import shared_memory, triton_usable
 from .triton_gqa_keye import unsupported as _unsupported_by_triton_gqa
-from .triton_mla_keye import sparse_mla as _triton_sparse_mla
 from .triton_mla_keye import unsupported as _unsupported_by_triton_mla
-from .triton_selection_keye import select_tokens as _triton_select_tokens
+from .triton_selection_keye import score_tiles
+from .warm_up_keye import warm_up as _warm_up_kernels
 
 ATTENTION_NAME = "keye_sparse"
 BACKENDS = ("auto", "torch", "triton")
+# Code that Triton's assembler makes runs on drivers from CUDA 12.0 on.
+_OLDEST_DRIVER = 12000
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def resolve_backend(name: str, device: torch.device, *dtypes: torch.dtype, probl
         raise ValueError(f"There is no sparse attention backend {name!r}; choose one of {', '.join(BACKENDS)}.")
     if name == "torch" or (name == "auto" and device.type != "cuda"):
         return "torch"
-    problem = triton_usable(device, *dtypes) or problem
+    problem = _device_problem(device, *dtypes) or problem
     if name == "triton" and problem is not None:
         raise ValueError(problem)
     return "triton" if problem is None else "torch"
@@ -90,23 +96,100 @@ def resolve_backend(name: str, device: torch.device, *dtypes: torch.dtype, probl
 
 def mla_backend(q: torch.Tensor, kv: torch.Tensor, value_dim: int, backend: str = "auto") -> str:
     """The backend that `sparse_mla` runs for these inputs; raises `ValueError` when a named one cannot."""
-    problem = _unsupported_by_triton_mla(q, kv, value_dim) if _asks_for_triton(backend, q) else None
+    problem = None
+    if _asks_for_triton(backend, q):
+        problem = _size_problem("mla", q.device, (q.dtype, kv.dtype), int(q.shape[2]), int(q.shape[3]), value_dim)
     return resolve_backend(backend, q.device, q.dtype, kv.dtype, problem=problem)
 
 
 def gqa_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str = "auto") -> str:
     """The backend that `sparse_gqa` runs for these inputs; raises `ValueError` when a named one cannot."""
-    problem = _unsupported_by_triton_gqa(q, k, v) if _asks_for_triton(backend, q) else None
+    problem = None
+    if _asks_for_triton(backend, q):
+        sizes = int(q.shape[2]), int(k.shape[1]), int(q.shape[3]), int(v.shape[3])
+        problem = _size_problem("gqa", q.device, (q.dtype, k.dtype, v.dtype), *sizes)
     return resolve_backend(backend, q.device, q.dtype, k.dtype, v.dtype, problem=problem)
 
 
+def selection_backend(q: torch.Tensor | None, device: torch.device, backend: str = "auto", *dtypes: torch.dtype) -> str:
+    """The backend that `select_tokens` runs for indexer queries [B, S, Hi, Di], None without an indexer."""
+    problem = None
+    if q is not None and _asks_for_triton(backend, q):
+        problem = _size_problem("selection", q.device, dtypes, int(q.shape[2]), int(q.shape[3]))
+    return resolve_backend(backend, device, *dtypes, problem=problem)
+
+
 def _asks_for_triton(backend: str, q: torch.Tensor) -> bool:
-    return (backend == "triton" or (backend == "auto" and q.is_cuda)) and triton_usable(q.device) is None
+    return (backend == "triton" or (backend == "auto" and q.is_cuda)) and _device_problem(q.device) is None
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+# The questions below have one answer per process and arguments: `torch.compile` asks once and goes on.
+@torch.compiler.assume_constant_result
+def _device_problem(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    problem = _driver_problem() if device.type == "cuda" else None
+    return triton_usable(device, *dtypes) if problem is None else problem
+
+
+@lru_cache(maxsize=1)
+def _driver_problem() -> str | None:
+    if not torch.cuda.is_available():
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        return f'PyTorch, built {built}, finds no CUDA device or driver that it can use; choose the backend "torch".'
+    if torch.version.cuda is not None and torch._C._cuda_getDriverVersion() < _OLDEST_DRIVER:
+        found, oldest = (f"{v // 1000}.{v % 1000 // 10}" for v in (torch._C._cuda_getDriverVersion(), _OLDEST_DRIVER))
+        return f'The driver supports CUDA {found} and Triton\'s code needs {oldest}; choose the backend "torch".'
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _size_problem(kernels: str, device: torch.device, dtypes: tuple[torch.dtype, ...], *sizes: int) -> str | None:
+    return _known_size_problem(kernels, device, dtypes, sizes, shared_memory(device))
+
+
+@lru_cache(maxsize=64)
+def _known_size_problem(kernels, device, dtypes, sizes, shared: int) -> str | None:
+    """What keeps the kernels from taking heads and head sizes, asked with inputs that have nothing else."""
+    if kernels == "selection":
+        heads, dim = sizes
+        dtype = torch.promote_types(*dtypes[:2])
+        try:
+            score_tiles(heads, dim, torch.float32 if dtype == torch.float64 else dtype, shared)
+        except ValueError as error:
+            return str(error)
+        return None
+    if kernels == "mla":
+        heads, width, value_dim = sizes
+        q = torch.empty(0, 0, heads, width, dtype=dtypes[0], device=device)
+        return _unsupported_by_triton_mla(q, torch.empty(0, 0, width, dtype=dtypes[1], device=device), value_dim)
+    heads, groups, dim, value_dim = sizes
+    shapes = (0, 0, heads, dim), (0, groups, 0, dim), (0, groups, 0, value_dim)
+    inputs = (torch.empty(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes))
+    return _unsupported_by_triton_gqa(*inputs)
+
+
+def warm_up(
+    config, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, *, training: bool = False
+) -> dict[str, float]:
+    """Compiles every kernel that a decoder of this configuration launches, so that no request waits for the compiler.
+
+    Blocks depend on head sizes, dtype and device alone, so one call serves all lengths and batch sizes.
+
+    Args:
+        config: a `KeyeTextConfig`, or a `KeyeConfig`. device, dtype: the model's.
+        training: the backward kernels too, in the mode that `torch.use_deterministic_algorithms` asks for now.
+
+    Returns:
+        Seconds of each step; empty where PyTorch is the backend. Raises `ValueError` with one sentence where the
+        kernels do not take these head sizes.
+    """
+    if resolve_backend("auto", torch.device(device), dtype) == "torch":
+        return {}
+    return _warm_up_kernels(config, device, dtype, training=training)
+
+
+def _check_indices(indices: torch.Tensor, q: torch.Tensor) -> None:
+    if indices.shape[:2] != q.shape[:2]:
+        raise ValueError(f"Indices {tuple(indices.shape)} do not fit queries {tuple(q.shape)}.")
 
 
 def select_tokens(
@@ -136,29 +219,27 @@ def select_tokens(
     Raises `ValueError` for a dense rule, shapes that do not fit, or a backend that cannot run.
     """
     num_keys = query_offset + num_queries
-    _check(not selection.is_dense, "The selection rule is dense; call dense attention instead of selecting.")
-    _check(
-        (selection.topk is None) == (q is None),
-        f"`topk` is {selection.topk} but indexer queries are {'missing' if q is None else 'given'}.",
-    )
+    if selection.is_dense:
+        raise ValueError("The selection rule is dense; call dense attention instead of selecting.")
+    if (selection.topk is None) != (q is None):
+        found = "missing" if q is None else "given"
+        raise ValueError(f"`topk` is {selection.topk} but indexer queries are {found}.")
     if q is not None:
-        _check(
-            q.shape[:2] == (batch_size, num_queries) and weights.shape == q.shape[:3],
-            f"Indexer queries {tuple(q.shape)}, gates {tuple(weights.shape)} do not fit {batch_size} x {num_queries}.",
-        )
-        _check(
-            k.shape[0] == batch_size and k.shape[1] >= num_keys and k.shape[2] == q.shape[3],
-            f"Indexer keys {tuple(k.shape)} do not fit queries {tuple(q.shape)} at offset {query_offset}.",
-        )
+        if q.shape[:2] != (batch_size, num_queries) or weights.shape != q.shape[:3]:
+            found = f"Indexer queries {tuple(q.shape)}, gates {tuple(weights.shape)}"
+            raise ValueError(f"{found} do not fit {batch_size} x {num_queries}.")
+        if k.shape[0] != batch_size or k.shape[1] < num_keys or k.shape[2] != q.shape[3]:
+            found = f"Indexer keys {tuple(k.shape)}"
+            raise ValueError(f"{found} do not fit queries {tuple(q.shape)} at offset {query_offset}.")
         device = q.device
     if key_mask is not None:
-        _check(
-            key_mask.shape[0] == batch_size and key_mask.shape[1] >= num_keys,
-            f"`key_mask` {tuple(key_mask.shape)} must cover {batch_size} sequences of {num_keys} tokens.",
-        )
+        if key_mask.shape[0] != batch_size or key_mask.shape[1] < num_keys:
+            raise ValueError(
+                f"`key_mask` {tuple(key_mask.shape)} must cover {batch_size} sequences of {num_keys} tokens."
+            )
         key_mask = key_mask[:, :num_keys]
     dtypes = () if q is None else (q.dtype, k.dtype, weights.dtype)
-    chosen = resolve_backend(backend, device, *dtypes)
+    chosen = selection_backend(q, device, backend, *dtypes)
     select = _triton_select_tokens if chosen == "triton" else _torch_select_tokens
     return select(
         q,
@@ -195,11 +276,9 @@ def sparse_mla(
         out [B, S, H, C] in the dtype of q, and the natural log-sum-exp [B, S, H] in float32 (float64 for float64). A
         query without keys returns 0 and -inf. Gradients reach q and kv, not indices.
     """
-    _check(
-        q.dim() == 4 and kv.dim() == 3 and q.shape[-1] == kv.shape[-1] and q.shape[0] == kv.shape[0],
-        f"Queries {tuple(q.shape)} must be [B, S, H, W] and cache rows {tuple(kv.shape)} [B, T, W].",
-    )
-    _check(indices.shape[:2] == q.shape[:2], f"Indices {tuple(indices.shape)} do not fit queries {tuple(q.shape)}.")
+    if q.dim() != 4 or kv.dim() != 3 or q.shape[-1] != kv.shape[-1] or q.shape[0] != kv.shape[0]:
+        raise ValueError(f"Queries {tuple(q.shape)} must be [B, S, H, W] and cache rows {tuple(kv.shape)} [B, T, W].")
+    _check_indices(indices, q)
     attend = _triton_sparse_mla if mla_backend(q, kv, value_dim, backend) == "triton" else _torch_sparse_mla
     return attend(q, kv, indices, scaling, value_dim)
 
@@ -212,11 +291,9 @@ def sparse_gqa(
     q [B, S, H, D], k [B, G, T, D], v [B, G, T, Dv], indices int32 [B, S, K]; query head h reads group h * G // H.
     Returns out [B, S, H, Dv] and log-sum-exp [B, S, H], as `sparse_mla` does.
     """
-    _check(
-        q.shape[2] % k.shape[1] == 0 and k.shape[:3] == v.shape[:3] and q.shape[-1] == k.shape[-1],
-        f"Queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit.",
-    )
-    _check(indices.shape[:2] == q.shape[:2], f"Indices {tuple(indices.shape)} do not fit queries {tuple(q.shape)}.")
+    if q.shape[2] % k.shape[1] or k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"Queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit.")
+    _check_indices(indices, q)
     attend = _triton_sparse_gqa if gqa_backend(q, k, v, backend) == "triton" else _torch_sparse_gqa
     return attend(q, k, v, indices, scaling)
 
@@ -233,8 +310,12 @@ def dense_attention(
     """Causal attention over all keys, for layers and queries that keep everything; linear memory.
 
     q [B, H, S, D], k [B, G, T, D], v [B, G, T, Dv] with Dv <= D -> [B, S, H, Dv]. A query that sees no real token
-    returns 0.
+    returns 0. FlashAttention is used where it is installed and takes the inputs.
     """
+    version = flash_version(q.device, q.dtype, q.shape[-1]) if key_mask is None else None
+    if version is not None:
+        num_keys = query_offset + q.shape[2]
+        return flash_causal(version, q, k[:, :, :num_keys], v[:, :, :num_keys], scaling)
     return _torch_dense_attention(q, k, v, scaling=scaling, query_offset=query_offset, key_mask=key_mask)
 
 
@@ -264,7 +345,8 @@ def sparse_attention_mask(seq_len: int, block_size: int, anchor_stride: int = 64
         ("block_size", block_size, 0),
         ("anchor_stride", anchor_stride, 1),
     ):
-        _check(value >= least, f"`{name}` is {value}; it must be at least {least}.")
+        if value < least:
+            raise ValueError(f"`{name}` is {value}; it must be at least {least}.")
     positions = torch.arange(seq_len)
     distance = positions[:, None] - positions
     return (distance >= 0) & ((distance <= block_size) | (positions % anchor_stride == 0))

@@ -3,16 +3,22 @@
 A conversation is one clip followed by several questions as turns; only answers (with their `<|im_end|>`) carry
 labels. A clip is shown either as pixels or, in `words` mode, as a transcript: the four tokens of a frame are then
 the words for what it shows ("red circle red circle"), so that the decoder can learn retrieval before it can see.
+
+A long clip is shown condensed: most of its empty frames are left out, and the tokens of the others keep the times and
+the positions that they have in the whole clip. So a short prompt teaches distances of a hundred thousand tokens.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast
 
+from .long_videos import LONG_KINDS, log_uniform, make_long_clip, make_long_questions
 from .synthetic_videos import FRAME_SIZE, KINDS, NOTHING, Clip, Question, Thing, make_clip, make_questions, render
 
 PATCH_SIZE = 14
@@ -24,12 +30,41 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Example:
-    """A clip and its questions; shown in words or in pixels; asked as chat turns or as terse drills in a row."""
+    """A clip and its questions; shown in words or in pixels; asked as chat turns or as terse drills in a row.
+
+    `kept` are the frames of a condensed clip, ascending; None shows all.
+    """
 
     clip: Clip
     questions: list[Question]
     words: bool = False
     drill: bool = False
+    kept: tuple[int, ...] | None = None
+
+    @property
+    def seen(self) -> Clip:
+        """The clip with nothing but the frames that are shown (at times that are not theirs)."""
+        if self.kept is None:
+            return self.clip
+        return replace(self.clip, things=tuple(self.clip.things[index] for index in self.kept))
+
+
+@dataclass(frozen=True)
+class LongMixture:
+    """What the condensed long clips of a stage look like.
+
+    Clips of `frames` frames with `shown` shapes in them, of whose other frames `empty` are kept; `words` is the share
+    of clips shown in words, `even` that of clips whose number of frames is drawn evenly, not by octaves.
+    """
+
+    clips: int
+    frames: tuple[int, int]
+    shown: tuple[int, int]
+    empty: tuple[int, int]
+    kinds: tuple[str, ...] = LONG_KINDS
+    questions: int = 8
+    words: float = 0.0
+    even: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,29 +107,41 @@ class ConversationEncoder:
             self._cache[text] = self.tokenizer(text, add_special_tokens=False).input_ids
         return self._cache[text]
 
-    def video(self, clip: Clip, words: bool = False) -> list[int]:
-        """Token ids that a clip expands to, with its vision marks."""
-        tokens = list(self.ids("<|vision_start|>"))
-        for time, thing in zip(clip.times, clip.things, strict=True):
-            tokens += self.ids("<|frame|>") + self.ids(time)
-            if words:
-                for word in transcript(thing):
-                    tokens += self.ids(word)
+    def video(self, example: Example) -> tuple[list[int], list[int]]:
+        """Token ids that a clip expands to, with its vision marks, and their positions from the first of them on."""
+        clip = example.clip
+        tokens, positions = list(self.ids("<|vision_start|>")), [0]
+        for index in range(len(clip.things)) if example.kept is None else example.kept:
+            start = 1 + self.length(clip, index)
+            frame = self.ids("<|frame|>") + self.ids(clip.time(index))
+            if example.words:
+                for word in transcript(clip.things[index]):
+                    frame += self.ids(word)
             else:
-                tokens += [self.video_token_id] * TOKENS_PER_FRAME
-        return tokens + self.ids("<|vision_end|>")
+                frame += [self.video_token_id] * TOKENS_PER_FRAME
+            tokens += frame
+            positions += range(start, start + len(frame))
+        positions.append(1 + self.length(clip, len(clip.things)))
+        return tokens + self.ids("<|vision_end|>"), positions
+
+    def length(self, clip: Clip, frames: int) -> int:
+        """Number of tokens of the first `frames` frames of a clip, all of them shown."""
+        # From 100 seconds on a time takes two tokens.
+        short = min(frames, math.ceil(100 * clip.fps))
+        return frames * (3 + TOKENS_PER_FRAME) - short
 
     def answer(self, question: Question, drill: bool = False) -> list[int]:
         """Token ids that carry labels."""
         return self.ids(question.answer) + ([] if drill else self.ids("<|im_end|>"))
 
-    def conversation(self, example: Example) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a clip with all its questions and answers."""
+    def conversation(self, example: Example) -> tuple[list[int], list[int], list[int]]:
+        """Token ids, labels and positions of a clip with all its questions and answers."""
         start, turn, end = self.ids("<|im_start|>user\n"), [], []
         if not example.drill:
             turn, end = start, self.ids("<|im_end|>\n<|im_start|>assistant\n")
-        video = self.video(example.clip, example.words)
+        video, places = self.video(example)
         tokens = start + video
+        positions = [*range(len(start)), *(len(start) + place for place in places)]
         labels = [IGNORE] * len(tokens)
         if example.words and example.drill:
             # The second half of a frame repeats the first: learning that makes the heads that look a token or two back.
@@ -106,26 +153,31 @@ class ConversationEncoder:
             answer = self.answer(question, example.drill)
             tokens += prompt + answer
             labels += [IGNORE] * len(prompt) + answer
-        return tokens, labels
+        positions += range(positions[-1] + 1, positions[-1] + 1 + len(tokens) - len(positions))
+        return tokens, labels, positions
 
     def batch(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         """Pad conversations on the right and render the clips that are shown as pixels."""
         rows = [self.conversation(example) for example in examples]
-        length = max(len(tokens) for tokens, _ in rows)
+        length = max(len(tokens) for tokens, _, _ in rows)
         input_ids = torch.full((len(rows), length), self.pad_token_id)
         labels = torch.full((len(rows), length), IGNORE)
         attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
-        for index, (tokens, targets) in enumerate(rows):
+        position_ids = torch.zeros((len(rows), length), dtype=torch.long)
+        for index, (tokens, targets, positions) in enumerate(rows):
             input_ids[index, : len(tokens)] = torch.tensor(tokens)
             labels[index, : len(targets)] = torch.tensor(targets)
             attention_mask[index, : len(tokens)] = 1
+            position_ids[index, : len(tokens)] = torch.tensor(positions)
         batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "mm_token_type_ids": (input_ids == self.video_token_id).long() * 2,
             "labels": labels,
         }
-        seen = [example.clip for example in examples if not example.words]
+        if any(example.kept is not None for example in examples):
+            batch["position_ids"] = position_ids
+        seen = [example.seen for example in examples if not example.words]
         if seen:
             batch["pixel_values_videos"] = patches(np.concatenate([render(clip) for clip in seen]))
             batch["video_grid_thw"] = torch.tensor([[len(clip.things), GRID, GRID] for clip in seen])
@@ -159,6 +211,50 @@ class ClipBatches(IterableDataset):
                 questions = make_questions(clip, rng, number, mixture.kinds, drill)
                 examples.append(Example(clip, questions, words, drill))
             yield examples
+
+
+class LongBatches(IterableDataset):
+    """Endless groups of examples of condensed long clips, a function of the seed. One item is one batch."""
+
+    def __init__(self, mixture: LongMixture, seed: int):
+        self.mixture = mixture
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        mixture = self.mixture
+        rng = np.random.default_rng([self.seed, 3])
+        while True:
+            # Groups of one size, so that padding stays small.
+            shown = log_uniform(rng, *mixture.shown)
+            empty = log_uniform(rng, *mixture.empty)
+            size = max(1, round(mixture.clips * (mixture.shown[0] * mixture.shown[1]) ** 0.5 / (shown + empty / 2)))
+            yield [self._example(rng, shown, empty) for _ in range(min(size, 2 * mixture.clips))]
+
+    def _example(self, rng: np.random.Generator, shown: int, empty: int) -> Example:
+        mixture = self.mixture
+        fewest, most = max(shown + empty, mixture.frames[0]), mixture.frames[1]
+        if mixture.even and rng.random() < mixture.even:
+            frames = int(rng.integers(fewest, most + 1))
+        else:
+            frames = log_uniform(rng, fewest, most)
+        clip = make_long_clip(rng, frames, shown)
+        kept = {index for index, thing in enumerate(clip.things) if thing}
+        kept.update(int(index) for index in rng.integers(0, frames, empty))
+        questions = make_long_questions(clip, rng, mixture.questions, mixture.kinds)
+        return Example(clip, questions, bool(rng.random() < mixture.words), kept=tuple(sorted(kept)))
+
+
+class Turns(IterableDataset):
+    """Batches of several mixtures in turn; a function of the seed."""
+
+    def __init__(self, mixtures: tuple[Mixture | LongMixture, ...], seed: int):
+        self.parts = [
+            LongBatches(mixture, seed) if isinstance(mixture, LongMixture) else ClipBatches(mixture, seed)
+            for mixture in mixtures
+        ]
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        return chain.from_iterable(zip(*self.parts))
 
 
 class FrameBatches(IterableDataset):

@@ -2,6 +2,7 @@
 
 Every clip is written to an H.264 file, read by the checkpoint's own processor and answered by greedy `generate`. An
 answer counts when it equals the expected one, letter case and outer spaces aside. The last line is one JSON document.
+With `--long` the clips are those of `evaluate_long`.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,15 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 import modeling_keye  # noqa: F401 registers the Auto classes
 
+from . import evaluate_long
+from .exact_answers import is_right
+from .long_plan import checked_kinds
+from .long_videos import LONG_KINDS
 from .synthetic_videos import FRAME_SIZE, KINDS, TWO_WORD_KINDS, Clip, Question, make_clip, make_questions, write_video
 
 # Mixed into every seed, so that no seed of the training stream gives the same clips.
 HELD_OUT = 77_001
+SHORT_KINDS = (*KINDS, *TWO_WORD_KINDS)
 
 
 def held_out(
@@ -36,11 +42,6 @@ def held_out(
         for question in make_questions(clip, rng, 1, (kinds[done % len(kinds)],)):
             done += 1
             yield clip, question
-
-
-def is_right(answer: str, expected: str) -> bool:
-    """Exact match, letter case and outer spaces aside."""
-    return answer.strip().lower() == expected.strip().lower()
 
 
 @torch.no_grad()
@@ -109,31 +110,50 @@ def evaluate(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score a checkpoint on held-out clips read from H.264 files.")
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub name")
-    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument(
+        "--questions", type=int, help="questions (500); with --long per kind or, where it compares, per distance (50)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--frames", type=int, nargs=2, default=(4, 12), metavar=("MIN", "MAX"))
+    parser.add_argument(
+        "--frames", type=int, nargs="+", help="shortest and longest clip (4 12); with --long all lengths (10000)"
+    )
     parser.add_argument("--size", type=int, default=FRAME_SIZE, help="side of the written files in pixels")
-    parser.add_argument("--kinds", nargs="+", choices=[*KINDS, *TWO_WORD_KINDS], default=KINDS)
+    parser.add_argument("--kinds", nargs="+", help=f"of {', '.join(SHORT_KINDS)}; with --long {', '.join(LONG_KINDS)}")
     parser.add_argument("--show-errors", type=int, default=0, metavar="N", help="print the first N wrong answers")
+    evaluate_long.add_options(parser)
     arguments = parser.parse_args()
+    try:
+        run = evaluate_long.prepare(arguments) if arguments.long else prepare(arguments)
+    except (ValueError, ImportError) as problem:
+        parser.error(str(problem))
     model = AutoModelForMultimodalLM.from_pretrained(arguments.model).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)
     started = time.perf_counter()
-    scores, results = evaluate(
-        model,
-        processor,
-        arguments.questions,
-        arguments.seed,
-        tuple(arguments.frames),
-        arguments.size,
-        tuple(arguments.kinds),
-    )
-    wrong = [entry for entry in results if not is_right(entry[2], entry[1].answer)]
-    for clip, question, answer in wrong[: arguments.show_errors]:
-        print(f"{len(clip.things)} frames: {question.text} expected {question.answer!r}, got {answer!r}")
+    scores = run(model, processor)
     seconds = round(time.perf_counter() - started, 1)
     command = " ".join(["python -m training.evaluate", *sys.argv[1:]])
     print(json.dumps({**scores, "seed": arguments.seed, "seconds": seconds, "command": command}))
+
+
+def prepare(arguments: argparse.Namespace) -> Callable:
+    """Check the options of short clips; the result runs the evaluation for (model, processor) and returns its scores.
+
+    Raises `ValueError` for what does not fit together.
+    """
+    kinds = checked_kinds(arguments.kinds, SHORT_KINDS) or KINDS
+    frames = tuple(arguments.frames or (4, 12))
+    if len(frames) != 2 or not 1 <= frames[0] <= frames[1]:
+        raise ValueError(f"--frames {' '.join(map(str, frames))}: give the shortest and the longest clip (or --long).")
+    questions = 500 if arguments.questions is None else arguments.questions
+
+    def run(model, processor) -> dict:
+        scores, results = evaluate(model, processor, questions, arguments.seed, frames, arguments.size, kinds)
+        wrong = [entry for entry in results if not is_right(entry[2], entry[1].answer)]
+        for clip, question, answer in wrong[: arguments.show_errors]:
+            print(f"{len(clip.things)} frames: {question.text} expected {question.answer!r}, got {answer!r}")
+        return scores
+
+    return run
 
 
 if __name__ == "__main__":

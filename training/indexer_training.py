@@ -4,10 +4,13 @@ The model carries the indexer's loss itself: with `indexer_loss_coef` above 0 in
 backpropagated from its output trains the indexer too. What stands here is around it:
 
     freeze_all_but_indexer    the dense warm-up trains nothing else
+    set_topk                  another budget for the selection of a loaded model
     IndexerTrainerMixin       logs the loss, and follows losses that a trainer computes by itself
 
     class IndexerSFTTrainer(IndexerTrainerMixin, trl.SFTTrainer): ...
 """
+
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -35,6 +38,17 @@ def freeze_all_but_indexer(model: nn.Module) -> list[str]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".indexer." in name)
     return names
+
+
+def set_topk(model: nn.Module, topk: int) -> None:
+    """Let the indexers of a loaded model select `topk` tokens. Raises `ValueError` for fewer than one."""
+    if topk < 1:
+        raise ValueError(f"`topk` is {topk}; an indexer selects at least one token.")
+    decoder = decoder_of(model)
+    decoder.config.index_topk = topk
+    for layer in decoder.layers:
+        if layer.self_attn.indexer is not None:
+            layer.self_attn.selection = replace(layer.self_attn.selection, topk=topk)
 
 
 class IndexerTrainerMixin:

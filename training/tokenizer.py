@@ -2,12 +2,13 @@
 
 import re
 
-from tokenizers import Regex, Tokenizer
+from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase, Replace, Sequence
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from .long_videos import BECAME, LONG_TEMPLATES, NO, YES
 from .synthetic_videos import COLOURS, MAX_COUNT, NOTHING, PLURALS, SHAPES, TEMPLATES
 
 SPECIAL_TOKENS = (
@@ -26,6 +27,9 @@ SPECIAL_TOKENS = (
 UNKNOWN = "<unk>"
 # Time stamps of the first 100 seconds, as the processor prints them.
 TIME_STAMPS = tuple(f"{k / 10:.1f}" for k in range(1000))
+# From then on a time takes two tokens, hundreds of seconds and the rest: "1204.5" is "12¦", "04.5".
+HUNDREDS = tuple(f"{k}¦" for k in range(1, 200))
+PADDED_STAMPS = tuple(f"{k / 10:04.1f}" for k in range(100))
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -55,6 +59,15 @@ CHAT_TEMPLATE = """\
 """
 
 
+SPACE = r"\s"
+PREPOSITIONS = (r"\bat ", r"\bsecond ")
+
+
+def _wholes(*before: str) -> str:
+    """One to five digits behind one of `before`, as alternatives of fixed length for a look behind."""
+    return "|".join(start + r"\d" * digits for start in before for digits in range(1, 6))
+
+
 def _normalizer() -> Sequence:
     """Lower case, one spelling of "color", no punctuation, and "3 seconds" or "at 3" written as the stamp "3.0"."""
     return Sequence(
@@ -66,8 +79,9 @@ def _normalizer() -> Sequence:
             # A unit glued to its number becomes a word of its own.
             Replace(Regex(r"(?<=\d)(?=s\b|sec\b|secs\b|second\b|seconds\b)"), " "),
             # Whole seconds, recognised by the unit behind or the preposition before, become time stamps.
-            Replace(Regex(r"(?<=^\d|\s\d|^\d\d|\s\d\d)(?=\s+(?:s|secs?|seconds?)\b)"), ".0"),
-            Replace(Regex(r"(?<=\bat \d|\bat \d\d|\bsecond \d|\bsecond \d\d)(?![\d.])"), ".0"),
+            Replace(Regex(f"(?<={_wholes('^', SPACE)})" + r"(?=\s+(?:s|secs?|seconds?)\b)"), ".0"),
+            Replace(Regex(f"(?<={_wholes(*PREPOSITIONS)})" + r"(?![\d.])"), ".0"),
+            Replace(Regex(r"(?<=\d)(?=\d\d\.\d(?!\d))"), "¦ "),
         ]
     )
 
@@ -80,7 +94,13 @@ def vocabulary() -> list[str]:
     for texts in TEMPLATES.values():
         for text in texts:
             words.update(normalizer.normalize_str(re.sub(r"\{\w+\}", " ", text)).split())
-    return [*SPECIAL_TOKENS, UNKNOWN, *TIME_STAMPS, *sorted(words)]
+    tokens = [*SPECIAL_TOKENS, UNKNOWN, *TIME_STAMPS, *sorted(words)]
+    # The words of long clips stand behind all others: the model learns the short ones first, without them.
+    more = {YES, NO, BECAME}
+    for texts in LONG_TEMPLATES.values():
+        for text in texts:
+            more.update(normalizer.normalize_str(re.sub(r"\{\w+\}", " ", text)).split())
+    return [*tokens, *HUNDREDS, *PADDED_STAMPS, *sorted(more.difference(tokens))]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -89,6 +109,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=UNKNOWN))
     tokenizer.normalizer = _normalizer()
     tokenizer.pre_tokenizer = WhitespaceSplit()
+    # Words with spaces between them, then the two parts of a time joined.
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.WordPiece(prefix="##", cleanup=False), decoders.Fuse(), decoders.Replace("¦ ", "")]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=UNKNOWN,
@@ -98,5 +122,5 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         padding_side="left",
-        model_max_length=4096,
+        model_max_length=262144,
     )

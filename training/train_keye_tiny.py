@@ -1,4 +1,4 @@
-"""Train keye-tiny from scratch: `python -m training.train_keye_tiny --output DIR --seed N`.
+"""Train keye-tiny: `python -m training.train_keye_tiny --output DIR --seed N`.
 
 Stages, each one run of `Trainer` that can be resumed from `DIR/<stage>`:
   frames   the vision tower learns words: the four tokens of a frame are pulled to the embeddings of the words for what
@@ -6,10 +6,15 @@ Stages, each one run of `Trainer` that can be resumed from `DIR/<stage>`:
   drills   the decoder learns to retrieve from transcripts in those words, with terse questions in a row
   words    ... and to answer whole questions about longer transcripts
   videos   ... and about pixels, which the finished tower puts into the same words; half the clips stay transcripts
+  long     ... and about clips of up to 20,000 frames, condensed: most empty frames are left out, places and times stay
+  far      ... of which more are very long
+  warmup   the indexer learns where that attention goes, which is still dense; everything else is frozen
+  sparse   the decoder learns on under the indexer's selection, and the indexer with it
+  settle   ... with fewer shapes, mostly comparing
 Embeddings of the words in transcripts stay as initialised, so that `frames` and the two stages after it do not depend
 on each other: with `--only` they can run side by side, with the same result.
-Accuracy per kind of question is printed on clips never seen before, because no clip is drawn twice. Two CPU cores
-need about an hour.
+Accuracy per kind of question is printed on clips never seen before, because no clip is drawn twice. `--start` begins
+with the weights of an earlier keye-tiny, whose vocabulary may end sooner. Two CPU cores need about two hours.
 """
 
 import argparse
@@ -29,12 +34,25 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_keye import KeyeConfig, KeyeForVideoQA
 
-from .data import GRID, ClipBatches, ConversationEncoder, Example, FrameBatches, Mixture, patches, transcript
+from .data import (
+    GRID,
+    ConversationEncoder,
+    Example,
+    FrameBatches,
+    LongMixture,
+    Mixture,
+    Turns,
+    patches,
+    transcript,
+)
+from .indexer_training import IndexerTrainerMixin, set_topk
 from .synthetic_videos import COLOURS, NOTHING, SHAPES, Clip, render
 from .tokenizer import build_tokenizer
 
 VISION = ("model.visual.", "model.projector.")
 DECODER = ("model.language_model.", "lm_head.")
+# No prompt is longer: with this budget the selection keeps every token, and attention is dense.
+DENSE = 2**20
 # The words of transcripts.
 WORDS = (*COLOURS, *SHAPES, NOTHING)
 
@@ -43,16 +61,24 @@ WORDS = (*COLOURS, *SHAPES, NOTHING)
 class Stage:
     """One run of `Trainer` over the weights whose names begin with `part`.
 
-    `mixture` is None for the stage that trains the vision tower on single frames; `decay` is the last share of the
-    steps, in which the learning rate falls.
+    `mixtures` take turns; there is none for the stage that trains the vision tower on single frames. `decay` is the
+    last share of the steps, in which the learning rate falls. `indexer` is the stage of the indexer's loss, None where
+    the indexer does not learn and attention is dense: in "warmup" nothing but the indexer does.
     """
 
     name: str
     steps: int
     learning_rate: float
     part: tuple[str, ...]
-    mixture: Mixture | None = None
+    mixtures: tuple[Mixture | LongMixture, ...] = ()
     decay: float = 0.25
+    indexer: str | None = None
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter of this name learns."""
+        if self.indexer is None:
+            return name.startswith(self.part) and ".indexer." not in name
+        return ".indexer." in name if self.indexer == "warmup" else name.startswith(self.part)
 
 
 # Shares of the kinds of questions. Matching two words ("red circle") is learned later than matching one time stamp, and
@@ -61,14 +87,34 @@ DRILLED = ("description", "colour", "when", "count", "sequence")
 TOLD = ("description", "colour", "when", "when", "count", "sequence", "sequence")
 SEEN = ("what", "description", "colour", "when", "count", "count", "count", "order", "order", "sequence")
 
+# Comparing two far shapes is learned from clips with few of them, and by way of comparing one with a description.
+COMPARED = ("identity", "identity", "identity", "change", "change", "check", "check", "colour")
+FAR = ("identity", "identity", "change", "check", "first", "last", "earlier", "count", "what", "colour")
+SHORT_CLIPS = Mixture(16, (3, 12), SEEN, words=0.9, drills=0.1)
+FEW = LongMixture(20, (16, 20_000), (3, 6), (1, 3), COMPARED, words=0.9)
+MANY = LongMixture(16, (16, 20_000), (4, 20), (2, 16), FAR, words=0.9)
+# Times of many thousand seconds are rare among octaves, and half of what is left to learn is told from them.
+FAR_FEW = replace(FEW, even=0.7)
+FAR_MANY = replace(MANY, shown=(4, 24), kinds=(*COMPARED, "first", "last", "count", "what"), even=0.7)
+# Prompts longer than the budget, so that the indexer has something to leave out.
+CROWD = LongMixture(12, (200, 20_000), (6, 40), (20, 120), FAR_MANY.kinds, words=0.8, even=0.7)
+# Fewer shapes in as many frames, and mostly the questions that compare.
+SPARSE_CROWD = LongMixture(32, (64, 20_000), (4, 12), (10, 120), COMPARED, words=0.8, even=0.7)
+
 STAGES = (
     Stage("frames", 2400, 1.5e-3, VISION),
-    Stage("drills", 700, 3e-3, DECODER, Mixture(32, (2, 8), DRILLED, words=1.0, drills=1.0)),
-    Stage("words", 1100, 3e-3, DECODER, Mixture(24, (2, 12), TOLD, words=1.0, drills=0.5), decay=0.2),
-    Stage("videos", 1500, 1.5e-3, DECODER, Mixture(24, (3, 12), SEEN, words=0.5, drills=0.1), decay=0.6),
+    Stage("drills", 700, 3e-3, DECODER, (Mixture(32, (2, 8), DRILLED, words=1.0, drills=1.0),)),
+    Stage("words", 1100, 3e-3, DECODER, (Mixture(24, (2, 12), TOLD, words=1.0, drills=0.5),), decay=0.2),
+    Stage("videos", 1500, 1.5e-3, DECODER, (Mixture(24, (3, 12), SEEN, words=0.5, drills=0.1),), decay=0.6),
+    Stage("long", 1700, 2e-3, DECODER, (FEW, MANY, FEW, MANY, SHORT_CLIPS), decay=0.4),
+    Stage("far", 1500, 2e-3, DECODER, (FAR_FEW, FAR_MANY, FAR_FEW, FAR_MANY, SHORT_CLIPS), decay=0.5),
+    Stage("warmup", 200, 2e-3, DECODER, (CROWD,), decay=0.5, indexer="warmup"),
+    Stage("sparse", 300, 1e-3, DECODER, (CROWD, FAR_MANY, CROWD, SHORT_CLIPS), decay=0.7, indexer="adaptation"),
+    Stage("settle", 600, 1.5e-3, DECODER, (SPARSE_CROWD, FAR_FEW, SHORT_CLIPS), decay=0.7, indexer="adaptation"),
 )
 FRAME_CLIPS = 24
 WARMUP_STEPS = 100
+INDEXER_LOSS_COEF = 1.0
 
 
 class AnswerTrainer(Trainer):
@@ -98,6 +144,10 @@ class AnswerTrainer(Trainer):
         logs = {**logs, **{name: round(a / b, 3) for name, (a, b) in sorted(self.tally.items())}}
         self.tally.clear()
         super().log(logs, start_time)
+
+
+class IndexerAnswerTrainer(IndexerTrainerMixin, AnswerTrainer):
+    """... and with the indexer's loss and the share of attention that its selection catches."""
 
 
 class FrameReader(nn.Module):
@@ -140,6 +190,15 @@ class FrameTrainer(Trainer):
         super().log(logs, start_time)
 
 
+def load_grown(model: KeyeForVideoQA, weights: dict[str, torch.Tensor]) -> None:
+    """Load weights whose vocabulary is the beginning of the model's; the indexer and further rows stay as they are."""
+    own = model.state_dict()
+    weights = {name: own[name] if ".indexer." in name else value for name, value in weights.items()}
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], own[name][weights[name].shape[0] :]])
+    model.load_state_dict(weights)
+
+
 def word_ids(encoder: ConversationEncoder) -> torch.Tensor:
     """Token ids of the words of transcripts."""
     return torch.tensor([encoder.ids(word)[0] for word in WORDS])
@@ -157,7 +216,8 @@ def answer_collator(encoder: ConversationEncoder):
             # Labels before those of the answers belong to the transcript.
             places = (batch["labels"][row] >= 0).nonzero()[:, 0].tolist()[-sum(sizes) :]
             shown = f"{'words' if example.words else 'video'}{'_drill' if example.drill else ''}"
-            length = f"{shown}_{(len(example.clip.things) + 3) // 4 * 4:02d}_frames"
+            shown += "" if example.kept is None else "_long"
+            length = f"{shown}_{(len(example.seen.things) + 3) // 4 * 4:02d}_frames"
             for question, size in zip(example.questions, sizes):
                 owner[row, places[:size]] = len(names)
                 places = places[size:]
@@ -194,8 +254,13 @@ def train_stage(model: KeyeForVideoQA, encoder: ConversationEncoder, stage: Stag
         model.load_state_dict(load_file(weights), strict=False)
         return json.loads(record.read_text())
     for name, parameter in model.named_parameters():
-        # The indexer learns from its own loss, not from this one; these prompts fit into its budget anyway.
-        parameter.requires_grad_(name.startswith(stage.part) and ".indexer." not in name)
+        parameter.requires_grad_(stage.trains(name))
+    budget = KeyeConfig.from_preset("keye-tiny").text_config.index_topk
+    # The warm-up is dense by itself; its budget is for the share of attention that it logs.
+    set_topk(model, DENSE if stage.indexer is None else budget)
+    text = model.config.text_config
+    text.indexer_loss_coef = 0.0 if stage.indexer is None else INDEXER_LOSS_COEF
+    text.indexer_stage = stage.indexer or text.indexer_stage
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=stage.steps,
@@ -210,7 +275,7 @@ def train_stage(model: KeyeForVideoQA, encoder: ConversationEncoder, stage: Stag
         remove_unused_columns=False,
         # A batch is built whole by the collator and cannot be cut.
         accelerator_config={"dispatch_batches": False},
-        logging_steps=50,
+        logging_steps=min(50, stage.steps),
         save_steps=200,
         save_total_limit=1,
         seed=seed,
@@ -218,13 +283,14 @@ def train_stage(model: KeyeForVideoQA, encoder: ConversationEncoder, stage: Stag
         use_cpu=not torch.cuda.is_available(),
     )
     options = {"args": arguments}
-    if stage.mixture is None:
+    if not stage.mixtures:
         reader = FrameReader(model, word_ids(encoder))
         dataset = FrameBatches(FRAME_CLIPS, seed)
         trainer = FrameTrainer(model=reader, train_dataset=dataset, data_collator=frame_collator(), **options)
     else:
-        dataset = ClipBatches(stage.mixture, seed)
-        trainer = AnswerTrainer(model=model, train_dataset=dataset, data_collator=answer_collator(encoder), **options)
+        dataset = Turns(stage.mixtures, seed)
+        trainer_class = AnswerTrainer if stage.indexer is None else IndexerAnswerTrainer
+        trainer = trainer_class(model=model, train_dataset=dataset, data_collator=answer_collator(encoder), **options)
     print(json.dumps({"stage": stage.name, "steps": stage.steps}), flush=True)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
@@ -244,11 +310,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="working folder: stages, then the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage")
+    parser.add_argument("--start", type=Path, metavar="FILE", help="safetensors with the weights to begin with")
     parser.add_argument("--only", nargs="+", choices=[stage.name for stage in STAGES], help="run these stages alone")
     arguments = parser.parse_args()
     set_seed(arguments.seed)
     tokenizer = build_tokenizer()
     model = KeyeForVideoQA(KeyeConfig.from_preset("keye-tiny"))
+    if arguments.start is not None:
+        load_grown(model, load_file(arguments.start))
     encoder = ConversationEncoder(tokenizer)
     fixed = word_ids(encoder)
     model.get_input_embeddings().weight.register_hook(lambda gradient: gradient.index_fill(0, fixed, 0.0))
@@ -258,11 +327,12 @@ def main() -> None:
             continue
         stage = replace(stage, steps=max(1, round(stage.steps * arguments.scale)))
         done.append(train_stage(model, encoder, stage, arguments.output, arguments.seed * len(STAGES) + number))
-    if len(done) < len(STAGES):
+    if len(done) < len(STAGES) and arguments.start is None:
         return
     save_file(model.state_dict(), arguments.output / "weights.safetensors")
     run = {
         "seed": arguments.seed,
+        "start": arguments.start and arguments.start.name,
         "scale": arguments.scale,
         "stages": done,
         "torch": torch.__version__,

@@ -17,6 +17,13 @@ the indexer.
 
 import torch
 
+from .sparse_attention_keye import resolve_backend
+from .triton_common_keye import triton_usable
+from .triton_kl_dense_keye import dense_kl
+from .triton_kl_dense_keye import unsupported as _unsupported_dense
+from .triton_kl_sparse_keye import sparse_kl
+from .triton_kl_sparse_keye import unsupported as _unsupported_sparse
+
 # Elements of the largest tile, heads x queries x keys. On two AVX-512 cores 2^19 to 2^22 take the same time; a GPU
 # needs more to do per launch.
 _TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
@@ -30,6 +37,9 @@ class IndexerLoss:
         q: indexer queries [B, S, Hi, Di], k: indexer keys [B, T, Di], gates: [B, S, Hi] with every constant scale
             inside, as `select_tokens` takes them. Any float dtype; the statistics are float32, float64 for float64.
         query_offset: slot of the first query. key_mask: bool [B, T] at real tokens, or None when all are.
+        backend: "auto" takes the Triton kernels on CUDA devices where they can run, PyTorch elsewhere.
+
+    `add_dense` and `add_sparse` raise `ValueError` when a backend that was named cannot run.
     """
 
     def __init__(
@@ -40,7 +50,9 @@ class IndexerLoss:
         *,
         query_offset: int = 0,
         key_mask: torch.Tensor | None = None,
+        backend: str = "auto",
     ):
+        self.backend = backend
         self.inputs = (q, k, gates)
         self.q, self.k, self.gates = (x.detach() for x in self.inputs)
         self.query_offset, self.key_mask = query_offset, key_mask
@@ -60,6 +72,21 @@ class IndexerLoss:
     @torch.no_grad()
     def add_dense(self, begin: int, queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> None:
         """Queries that attend to all they see: queries [B, n, H, D] from number `begin` on, keys [B, G, T, D]."""
+        if self._chosen(_unsupported_dense, queries, keys) == "triton":
+            q, gates, weights, grads = self._part(begin, queries.shape[1])
+            self.value += dense_kl(
+                q,
+                self.k,
+                gates,
+                weights,
+                queries,
+                keys,
+                scaling,
+                first_slot=self.query_offset + begin,
+                key_mask=self.key_mask,
+                grads=grads,
+            )
+            return
         first = self.query_offset + begin
         with torch.autocast(queries.device.type, enabled=False):
             for b in range(queries.shape[0]):
@@ -97,6 +124,10 @@ class IndexerLoss:
     ) -> None:
         """Queries that attend to `selected` [B, n, K] (-1 where unused), with the log-sum-exp [B, n, H] of that
         attention; queries [B, n, H, D] from number `begin` on, keys [B, G, T, D]."""
+        if self._chosen(_unsupported_sparse, queries, keys) == "triton":
+            q, gates, weights, grads = self._part(begin, queries.shape[1])
+            self.value += sparse_kl(q, self.k, gates, weights, queries, keys, lse, selected, scaling, grads=grads)
+            return
         batch, num_queries, heads, width = queries.shape
         groups, num_selected = keys.shape[1], selected.shape[-1]
         largest = num_selected * max(width, self.k.shape[-1], heads // groups, self.q.shape[2])
@@ -129,6 +160,21 @@ class IndexerLoss:
                     self.grads[0][b, place] = torch.bmm(grad_products, k).to(self.grads[0].dtype)
                     grad_k = torch.bmm(grad_products.transpose(1, 2), q)
                     self.grads[1][b].index_add_(0, rows.flatten(), grad_k.flatten(0, 1))
+
+    def _chosen(self, unsupported, queries, keys) -> str:
+        """The backend that computes for these inputs; raises `ValueError` when the one that was named cannot."""
+        asked = self.backend == "triton" or (self.backend == "auto" and queries.is_cuda)
+        problem = (
+            unsupported(queries, keys, self.q, self.k) if asked and triton_usable(queries.device) is None else None
+        )
+        dtypes = (queries.dtype, keys.dtype, self.q.dtype, self.k.dtype, self.gates.dtype)
+        return resolve_backend(self.backend, queries.device, *dtypes, problem=problem)
+
+    def _part(self, begin: int, count: int):
+        """Indexer queries, gates, weights and gradients (or None) of `count` queries."""
+        place = slice(begin, begin + count)
+        grads = self.grads and (self.grads[0][:, place], self.grads[1], self.grads[2][:, place])
+        return self.q[:, place], self.gates[:, place], self.weights[:, place], grads
 
     def _divergence(self, scores, target, support, weights) -> torch.Tensor:
         """Adds the weighted KL of the rows [n, T] to the value; returns its gradient by the scores."""

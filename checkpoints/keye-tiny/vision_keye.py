@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_keye import KeyeVisionConfig
+from .flash_attention_keye import flash_segments, flash_version
 
 GridRow = tuple[int, int, int]
 
@@ -98,12 +99,15 @@ class _Segments(NamedTuple):
     groups: list[tuple[int, list[int], torch.Tensor | None]]  # length, segments, their patches (None: all, in order)
     restore: torch.Tensor | None  # from group order back to patch order
     cu_seqlens: torch.Tensor | None  # for flash attention only
+    flash_version: int | None = None  # FlashAttention in the place of SDPA
 
     @classmethod
-    def build(cls, lengths: list[int], device: torch.device, flash: bool) -> "_Segments":
-        if flash:
+    def build(
+        cls, lengths: list[int], device: torch.device, flash: bool, flash_version: int | None = None
+    ) -> "_Segments":
+        if flash or flash_version is not None:
             ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            return cls(lengths, [], None, ends.to(device))
+            return cls(lengths, [], None, ends.to(device), flash_version)
         by_length: dict[int, list[int]] = {}
         for segment, length in enumerate(lengths):
             by_length.setdefault(length, []).append(segment)
@@ -231,6 +235,11 @@ class KeyeVisionAttention(nn.Module):
         key = _rotate(self.k_proj(hidden_states).view(shape), *position_embeddings)
         value = self.v_proj(hidden_states).view(shape)
 
+        if segments.flash_version is not None:
+            version, longest = segments.flash_version, max(segments.lengths)
+            output = flash_segments(version, query, key, value, segments.cu_seqlens, longest, self.scaling)
+            return self.out_proj(output.reshape(shape[0], -1)), None
+
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         options = {
             "attention_mask": None,
@@ -321,11 +330,21 @@ class KeyeVisionEncoder(nn.Module):
         angles = torch.cat([per_size[h, w].repeat(t, 1) for t, h, w in rows])[:, None]
         return angles.cos(), angles.sin()
 
+    def _flash_version(self, hidden_states: torch.Tensor) -> int | None:
+        """Under "sdpa", the installed FlashAttention that can take its place: it runs segments of all lengths at once,
+        where SDPA needs one call for each length."""
+        if self.config._attn_implementation != "sdpa" or (self.training and self.config.attention_dropout):
+            return None
+        head_size = self.config.hidden_size // self.config.num_attention_heads
+        return flash_version(hidden_states.device, hidden_states.dtype, head_size)
+
     def forward(self, hidden_states: torch.Tensor, rows: list[GridRow], per_frame: bool) -> torch.Tensor:
         lengths = []
         for t, h, w in rows:
             lengths += [h * w] * t if per_frame else [t * h * w]
-        segments = _Segments.build(lengths, hidden_states.device, is_flash_attention_requested(self.config))
+        segments = _Segments.build(
+            lengths, hidden_states.device, is_flash_attention_requested(self.config), self._flash_version(hidden_states)
+        )
         position_embeddings = self.rotary(rows, hidden_states)
         for layer in self.layers:
             hidden_states = layer(hidden_states, segments=segments, position_embeddings=position_embeddings)

@@ -27,7 +27,9 @@ def _selected(selection: Selection, batch: int, num_queries: int, offset: int, k
     )
 
 
-@pytest.mark.parametrize("selection", [Selection(16, 8, 4), Selection(16), Selection(None, 5, 7), Selection(9, None, 3)])
+@pytest.mark.parametrize(
+    "selection", [Selection(16, 8, 4), Selection(16), Selection(None, 5, 7), Selection(9, None, 3)]
+)
 @pytest.mark.parametrize(("num_queries", "offset"), [(1, 0), (1, 90), (33, 0), (33, 200)])
 def test_what_is_unpacked_is_what_was_packed(selection, num_queries, offset):
     key_mask = torch.ones(2, offset + num_queries, dtype=torch.bool)

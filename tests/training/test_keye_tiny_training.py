@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from modeling_keye import KeyeConfig, KeyeForVideoQA
-from training.data import ClipBatches, ConversationEncoder, Example, Mixture
+from training.data import ClipBatches, ConversationEncoder, Example, LongMixture, Mixture
 from training.evaluate import evaluate, held_out, is_right, score
+from training.learning_curves import curves, plot_curves, stage_log
+from training.long_videos import make_long_clip
 from training.ship_keye_tiny import build_processor, write_card, write_checkpoint
 from training.synthetic_videos import (
     KINDS,
@@ -24,7 +26,7 @@ from training.synthetic_videos import (
     write_video,
 )
 from training.tokenizer import build_tokenizer
-from training.train_keye_tiny import STAGES, answer_collator, train_stage
+from training.train_keye_tiny import STAGES, answer_collator, load_grown, train_stage
 
 
 @pytest.fixture(scope="module")
@@ -89,20 +91,65 @@ def test_groups_are_functions_of_the_seed(encoder):
     assert sorted(set(owned.tolist())) == list(range(len(collated["groups"])))
 
 
+def _smaller(stage):
+    def smaller(mixture):
+        if isinstance(mixture, LongMixture):
+            return replace(mixture, clips=2, frames=(64, 20_000), shown=(3, 4), empty=(36, 40), questions=2)
+        return replace(mixture, clips=2, frames=(2, 3), questions=2)
+
+    return replace(stage, steps=2, mixtures=tuple(smaller(mixture) for mixture in stage.mixtures))
+
+
 def test_every_stage_runs_resumes_and_trains_its_part_only(tmp_path, encoder):
     model = KeyeForVideoQA(KeyeConfig.from_preset("keye-tiny"))
-    for stage in STAGES:
-        small = replace(stage, steps=2)
-        if stage.mixture is not None:
-            small = replace(small, mixture=replace(stage.mixture, clips=2, frames=(2, 3), questions=2))
+    for stage in map(_smaller, STAGES):
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        record = train_stage(model, encoder, small, tmp_path, seed=0)
+        record = train_stage(model, encoder, stage, tmp_path, seed=0)
         changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-        assert changed and all(name.startswith(stage.part) and ".indexer." not in name for name in changed)
+        assert changed and all(name.startswith(stage.part) for name in changed)
+        indexer = {name for name in changed if ".indexer." in name}
+        assert indexer == {None: set(), "warmup": changed}.get(stage.indexer, indexer)
+        assert bool(indexer) == (stage.indexer is not None) and (stage.indexer != "adaptation" or changed > indexer)
+        log = json.loads((tmp_path / stage.name / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+        assert ("indexer_loss" in log[0]) == (stage.indexer is not None)
         # A finished stage is read back, not run again.
         fresh = KeyeForVideoQA(KeyeConfig.from_preset("keye-tiny"))
-        assert train_stage(fresh, encoder, small, tmp_path, seed=0) == record
+        assert train_stage(fresh, encoder, stage, tmp_path, seed=0) == record
         assert all(torch.equal(fresh.state_dict()[name], model.state_dict()[name]) for name in changed)
+    found = curves(stage_log(tmp_path / "sparse"))
+    assert found["indexer: KL"][0] == [2] and found["indexer: KL"][1][0] > 0
+    plot_curves(tmp_path, tmp_path / "curves.svg")
+    assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
+    with pytest.raises(FileNotFoundError, match="nowhere holds no checkpoint"):
+        stage_log(tmp_path / "nowhere")
+
+
+def test_earlier_weights_with_a_shorter_vocabulary_are_taken_up():
+    model = KeyeForVideoQA(KeyeConfig.from_preset("keye-tiny"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    names = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+    earlier = {name: value + 1 for name, value in before.items()}
+    earlier |= {name: earlier[name][:1073] for name in names}
+    load_grown(model, dict(earlier))
+    for name, value in model.state_dict().items():
+        if name in names:
+            assert torch.equal(value, torch.cat([earlier[name], before[name][1073:]]))
+        else:
+            assert torch.equal(value, before[name] if ".indexer." in name else earlier[name]), name
+
+
+def test_a_condensed_clip_keeps_the_times_and_positions_of_the_whole(encoder):
+    clip = make_long_clip(np.random.default_rng(3), 260, 6, fps=Fraction(2))
+    question = Question("what", "What shape at 3.0?", "star")
+    whole = encoder.batch([Example(clip, [question])])
+    kept = tuple(index for index, thing in enumerate(clip.things) if thing)
+    condensed = encoder.batch([Example(clip, [question], kept=kept)])
+    assert "position_ids" not in whole and condensed["video_grid_thw"].tolist() == [[6, 4, 4]]
+    ids, places = condensed["input_ids"][0], condensed["position_ids"][0]
+    assert torch.equal(whole["input_ids"][0, places], ids) and len(ids) < whole["input_ids"].shape[1] / 10
+    rows = [slice(16 * index, 16 * index + 16) for index in kept]
+    seen = torch.cat([whole["pixel_values_videos"][row] for row in rows])
+    assert condensed["pixel_values_videos"].shape == seen.shape
 
 
 def test_held_out_clips_are_fixed_and_cover_all_kinds():

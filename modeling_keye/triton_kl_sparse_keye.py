@@ -1,0 +1,450 @@
+"""KL loss of the indexer where queries attend to a selection, in Triton: the adaptation stage.
+
+The contract is that of `IndexerLoss.add_sparse`, which is the judge; what is computed stands in `triton_kl_keye`. The
+attention left its log-sum-exp per head, so one pass over a list gives the mean of the probabilities. One program takes
+one query and its list, in chunks of queries:
+
+1. `_divergence_kernel` gathers keys tile by tile for one block of heads after the other, sums p in a workspace, writes
+   the indexer's scores beside it, and goes over both once their log-sum-exp is known: KL, and q - p for the scores;
+2. `_gradients_kernel` makes the products of the indexer again for the gradients of queries and gates, which are the
+   query's own, and writes those of keys to places of their own. Then the places of one key are added in the order of
+   the queries, so that results are bit-equal over runs, without atomics.
+
+Places are the rows of every product and heads its columns: an indexer has few heads, and so has a group of keys.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .triton_common_keye import jit, on_device, shared_memory, tl, triton
+from .triton_gather_keye import (
+    HOPPER_SHARED,
+    LOG2_E,
+    WORKSPACE_BYTES,
+    add_rows_in_order,
+    add_weighted,
+    first_fitting,
+    load_rows,
+    scores_of,
+    used_places,
+)
+from .triton_kl_keye import (
+    LIFT,
+    Tiles,
+    key_factors,
+    load_columns,
+    operand_types,
+    padded,
+    split_width,
+    statistics_dtype,
+    width_of,
+)
+
+# Rows of the workspace are whole tiles of places, so that stores there need no mask.
+_PLACES_MULTIPLE = 64
+
+
+def _list_tiles(heads: int, width: int, element_size: int, shared: int, index: tuple[int, int, int]) -> Tiles:
+    """Heads of a block and places for `heads` heads of `width` padded columns, and for those of the indexer.
+
+    `index` is the same three numbers of the indexer, all of whose heads are one block.
+    """
+    hopper = shared >= HOPPER_SHARED and element_size == 2
+
+    def size(heads: int, places: int) -> int:
+        # Hopper reads a tile from shared memory while the next one arrives; older devices hold it in registers.
+        buffers = 2 if hopper else 1
+        attention = (heads + buffers * places) * width * element_size + heads * places * 2
+        return max(attention, ((index[0] + buffers * places) * index[1] + index[0] * places) * index[2])
+
+    most = min(64 if hopper else 32, padded(heads))
+    blocks = [(64, 64), (32, 64), (16, 64), (32, 32), (16, 32), (16, 16)] if element_size == 2 else [(16, 16)]
+    block, places = first_fitting([pair for pair in blocks if pair[0] <= most], size, shared)
+    return Tiles(block, places, 8 if width > 256 or index[0] * index[1] > 64 * 64 else 4, 2)
+
+
+@jit(do_not_specialize=["first_query", "num_queries", "num_keys", "num_places", "num_groups"])
+def _divergence_kernel(
+    queries_ptr,  # [B, n, H, D]
+    keys_ptr,  # [B, G, T, D]
+    lse_ptr,  # [B, n, H]
+    selected_ptr,  # int32 [B, n, K]
+    used_ptr,  # int32 [B * n]
+    q_ptr,  # [B, n, Hi, Di]
+    k_ptr,  # [B, T, Di]
+    gates_ptr,  # [B, n, Hi]
+    target_ptr,  # [chunk, row_places]
+    grad_ptr,  # [chunk, row_places]
+    rows_ptr,  # [B * n]
+    scale_log2,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_qd,
+    stride_kb,
+    stride_kg,
+    stride_kt,
+    stride_kd,
+    stride_lb,
+    stride_ls,
+    stride_lh,
+    stride_sb,
+    stride_ss,
+    stride_sk,
+    stride_iqb,
+    stride_iqs,
+    stride_iqh,
+    stride_iqd,
+    stride_ikb,
+    stride_ikt,
+    stride_ikd,
+    stride_gb,
+    stride_gs,
+    stride_gh,
+    first_query,
+    num_queries,
+    num_keys,
+    num_places,
+    row_places,
+    num_groups,
+    HEADS: tl.constexpr,  # per group of keys
+    A: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    HI: tl.constexpr,
+    DI: tl.constexpr,
+    BLOCK_HI: tl.constexpr,
+    BLOCK_DI: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+    INDEX_DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    i_local = tl.program_id(0).to(tl.int64)
+    i_query = first_query + i_local
+    i_b, i_s = i_query // num_queries, i_query % num_queries
+    queries_ptr += i_b * stride_qb + i_s * stride_qs
+    keys_ptr += i_b * stride_kb
+    lse_ptr += i_b * stride_lb + i_s * stride_ls
+    selected_ptr += i_b * stride_sb + i_s * stride_ss
+    k_ptr += i_b * stride_ikb
+    target_ptr += i_local * row_places
+    grad_ptr += i_local * row_places
+    o_index_head = tl.arange(0, BLOCK_HI)
+    m_index_head = o_index_head < HI
+    used = tl.load(used_ptr + i_query)
+    head_blocks: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    for i_block in range(num_groups * head_blocks):
+        o_member = (i_block % head_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+        m_head = o_member < HEADS
+        o_head = (i_block // head_blocks) * HEADS + o_member
+        q_rows = queries_ptr + o_head * stride_qh
+        b_q, b_q_rest = load_columns(q_rows, m_head, stride_qd, A, R, BLOCK_A, BLOCK_R, DOT)
+        b_lse = tl.load(lse_ptr + o_head * stride_lh, mask=m_head, other=float("inf")).to(ACC) * 1.4426950408889634
+        group_ptr = keys_ptr + (i_block // head_blocks) * tl.cast(stride_kg, tl.int64)
+        for start in range(0, used, BLOCK_K):
+            o_place = start + tl.arange(0, BLOCK_K)
+            b_index = tl.load(selected_ptr + o_place * stride_sk, mask=o_place < num_places, other=-1)
+            m_place = (b_index >= 0) & (b_index < num_keys)
+            key_rows = group_ptr + b_index.to(tl.int64) * stride_kt
+            b_k, b_k_rest = load_columns(key_rows, m_place, stride_kd, A, R, BLOCK_A, BLOCK_R, DOT)
+            b_scores = scores_of(b_q, b_k, True, ACC)
+            if R > 0:
+                b_scores += scores_of(b_q_rest, b_k_rest, True, ACC)
+            b_target = tl.sum(tl.exp2(b_scores * scale_log2 - b_lse[None, :]), 1) / (num_groups * HEADS)
+            # An unused place has score 0, which may lie far above the log-sum-exp.
+            b_target = tl.where(m_place, b_target, 0.0)
+            b_target += tl.load(target_ptr + o_place, mask=m_place & (i_block > 0), other=0.0)
+            tl.store(target_ptr + o_place, b_target)
+        tl.debug_barrier()  # other threads read what this one wrote
+
+    o_index_head = tl.arange(0, BLOCK_HI)
+    m_index_head = o_index_head < HI
+    index_q_rows = q_ptr + i_b * stride_iqb + i_s * stride_iqs + o_index_head * stride_iqh
+    b_index_q = load_rows(index_q_rows, m_index_head, stride_iqd, 0, DI, BLOCK_DI, INDEX_DOT)
+    gates = gates_ptr + i_b * stride_gb + i_s * stride_gs + o_index_head * stride_gh
+    b_gates = tl.load(gates, mask=m_index_head, other=0.0).to(ACC)
+    b_max = tl.full([BLOCK_K], float("-inf"), ACC)
+    b_sum = tl.zeros([BLOCK_K], ACC)
+    for start in range(0, used, BLOCK_K):
+        o_place = start + tl.arange(0, BLOCK_K)
+        b_index = tl.load(selected_ptr + o_place * stride_sk, mask=o_place < num_places, other=-1)
+        m_place = (b_index >= 0) & (b_index < num_keys)
+        index_rows = k_ptr + b_index.to(tl.int64) * stride_ikt
+        b_index_k = load_rows(index_rows, m_place, stride_ikd, 0, DI, BLOCK_DI, INDEX_DOT)
+        b_products = tl.maximum(scores_of(b_index_q, b_index_k, True, ACC), 0.0) * b_gates[None, :]
+        b_index_scores = tl.where(m_place, tl.sum(b_products, 1), float("-inf"))
+        tl.store(grad_ptr + o_place, b_index_scores)
+        b_new = tl.maximum(b_max, b_index_scores)
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_sum = b_sum * tl.exp(b_max - b_safe) + tl.exp(b_index_scores - b_safe)
+        b_max = b_new
+    top = tl.max(b_max, 0)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(b_sum * tl.exp(b_max - safe), 0)
+    norm = safe + tl.log(tl.where(total == 0.0, 1.0, total))
+    tl.debug_barrier()  # other threads read what this one wrote
+
+    b_value = tl.zeros([BLOCK_K], ACC)
+    for start in range(0, used, BLOCK_K):
+        o_place = start + tl.arange(0, BLOCK_K)
+        b_target = tl.load(target_ptr + o_place)
+        b_log = tl.load(grad_ptr + o_place) - norm
+        kept = b_log > float("-inf")
+        b_log = tl.where(kept, b_log, 0.0)
+        b_value += b_target * (tl.log(tl.where(b_target > 0.0, b_target, 1.0)) - b_log)
+        tl.store(grad_ptr + o_place, tl.where(kept, tl.exp(b_log) - b_target, 0.0))
+    tl.store(rows_ptr + i_query, tl.sum(b_value, 0))
+
+
+@jit(do_not_specialize=["first_query", "num_queries", "num_keys", "num_places"])
+def _gradients_kernel(
+    selected_ptr,  # int32 [B, n, K]
+    used_ptr,  # int32 [B * n]
+    q_ptr,  # [B, n, Hi, Di]
+    k_ptr,  # [B, T, Di]
+    gates_ptr,  # [B, n, Hi]
+    weights_ptr,  # [B, n]
+    factors_ptr,  # [B, n, Hi], weight x gate, relative to the largest
+    top_ptr,  # [], the largest
+    grad_ptr,  # [chunk, row_places], q - p
+    grad_q_ptr,  # [B, n, Hi, Di]
+    grad_gates_ptr,  # [B, n, Hi]
+    places_ptr,  # [chunk, K, Di]
+    stride_sb,
+    stride_ss,
+    stride_sk,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_qd,
+    stride_kb,
+    stride_kt,
+    stride_kd,
+    stride_gb,
+    stride_gs,
+    stride_gh,
+    stride_wb,
+    stride_ws,
+    stride_fb,
+    stride_fs,
+    stride_fh,
+    stride_dqb,
+    stride_dqs,
+    stride_dqh,
+    stride_dqd,
+    stride_dgb,
+    stride_dgs,
+    stride_dgh,
+    first_query,
+    num_queries,
+    num_keys,
+    num_places,
+    row_places,
+    LIFT: tl.constexpr,
+    HI: tl.constexpr,
+    DI: tl.constexpr,
+    BLOCK_HI: tl.constexpr,
+    BLOCK_DI: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INDEX_DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    i_local = tl.program_id(0).to(tl.int64)
+    i_query = first_query + i_local
+    i_b, i_s = i_query // num_queries, i_query % num_queries
+    o_head = tl.arange(0, BLOCK_HI)
+    m_head = o_head < HI
+    rows = q_ptr + i_b * stride_qb + i_s * stride_qs + o_head * stride_qh
+    b_q = load_rows(rows, m_head, stride_qd, 0, DI, BLOCK_DI, INDEX_DOT)
+    factors = factors_ptr + i_b * stride_fb + i_s * stride_fs + o_head * stride_fh
+    b_factor = tl.load(factors, mask=m_head, other=0.0) * LIFT
+    weight = tl.load(weights_ptr + i_b * stride_wb + i_s * stride_ws).to(ACC)
+    top = tl.load(top_ptr) / LIFT
+    selected_ptr += i_b * stride_sb + i_s * stride_ss
+    k_ptr += i_b * stride_kb
+    grad_ptr += i_local * row_places
+    used = tl.load(used_ptr + i_query)
+    o_column = tl.arange(0, BLOCK_DI)
+    m_column = o_column < DI
+    b_grad_q = tl.zeros([BLOCK_DI, BLOCK_HI], ACC)
+    b_grad_gates = tl.zeros([BLOCK_HI], ACC)
+    for start in range(0, used, BLOCK_K):
+        o_place = start + tl.arange(0, BLOCK_K)
+        b_index = tl.load(selected_ptr + o_place * stride_sk, mask=o_place < num_places, other=-1)
+        m_place = (b_index >= 0) & (b_index < num_keys)
+        key_rows = k_ptr + b_index.to(tl.int64) * stride_kt
+        b_k = load_rows(key_rows, m_place, stride_kd, 0, DI, BLOCK_DI, INDEX_DOT)
+        b_products = scores_of(b_q, b_k, True, ACC)
+        b_grad = tl.load(grad_ptr + o_place)
+        b_grad = tl.where(b_products > 0.0, b_grad[:, None], 0.0)
+        b_grad_gates += tl.sum(b_grad * b_products, 0)
+        b_grad_q = add_weighted(b_grad_q, (b_grad * LIFT).to(INDEX_DOT), b_k, True, ACC)
+        b_weights = (b_grad * b_factor[None, :]).to(INDEX_DOT)
+        b_grad_k = tl.dot(b_weights, b_q, input_precision="ieee", out_dtype=ACC) * top
+        pointers = places_ptr + ((i_local * num_places + o_place) * DI)[:, None] + o_column[None, :]
+        tl.store(pointers, b_grad_k, mask=m_place[:, None] & m_column[None, :])
+    gates = gates_ptr + i_b * stride_gb + i_s * stride_gs + o_head * stride_gh
+    b_gates = tl.load(gates, mask=m_head, other=0.0).to(ACC)
+    grad_gates = grad_gates_ptr + i_b * stride_dgb + i_s * stride_dgs + o_head * stride_dgh
+    tl.store(grad_gates, b_grad_gates * weight, mask=m_head)
+    b_grad_q *= (b_gates * (weight / LIFT))[None, :]
+    grad_rows = grad_q_ptr + i_b * stride_dqb + i_s * stride_dqs + o_head * stride_dqh
+    tl.store(
+        grad_rows[None, :] + o_column[:, None] * stride_dqd,
+        b_grad_q.to(grad_q_ptr.dtype.element_ty),
+        mask=m_column[:, None] & m_head[None, :],
+    )
+
+
+def unsupported(queries: torch.Tensor, keys: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> str | None:
+    """None when the kernels take heads and head sizes of these inputs, else one sentence that says why not."""
+    try:
+        _tiles(queries, keys, q, k)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _tiles(queries, keys, q, k) -> Tiles:
+    sizes = [
+        (heads, width, torch.promote_types(a.dtype, b.dtype).itemsize)
+        for heads, width, a, b in (
+            (queries.shape[2] // keys.shape[1], width_of(queries.shape[3]), queries, keys),
+            (padded(q.shape[2]), padded(q.shape[3]), q, k),
+        )
+    ]
+    return _list_tiles(*sizes[0], shared_memory(queries.device), sizes[1])
+
+
+@torch.no_grad()
+def sparse_kl(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    gates: torch.Tensor,
+    weights: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    lse: torch.Tensor,
+    selected: torch.Tensor,
+    scaling: float,
+    *,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Sum over n queries of weight x KL, for queries that attend to a selection.
+
+    Args:
+        q: indexer queries [B, n, Hi, Di], k: indexer keys [B, T, Di], gates: [B, n, Hi]. weights: [B, n] float32, 0 at
+            queries that do not count. queries [B, n, H, D], keys [B, G, T, D]: what the attention's scores are made of.
+        lse: natural log-sum-exp of that attention over the selection, per head [B, n, H]. selected: int32 [B, n, K] as
+            `select_tokens` returns it, without duplicates; -1, or anything else that is no slot of keys, is unused.
+        grads: None, or gradients of q and gates, which are written, and of k in float32, which is added to.
+
+    Returns:
+        the sum [] in float32 (float64 when an input is). Raises `ValueError` where `unsupported` has something to say.
+    """
+    batch, num_queries, heads, dim = queries.shape
+    num_keys, num_places = keys.shape[2], selected.shape[2]
+    tiles = _tiles(queries, keys, q, k)
+    statistics = statistics_dtype(queries, keys, q, k)
+    count = batch * num_queries
+    if count * num_places == 0:
+        if grads is not None:
+            grads[0].zero_()
+            grads[2].zero_()
+        return torch.zeros((), dtype=statistics, device=q.device)
+    index_heads, index_dim = q.shape[2:]
+    rows = torch.empty(batch, num_queries, dtype=statistics, device=q.device)
+    row_places = triton.cdiv(num_places, _PLACES_MULTIPLE) * _PLACES_MULTIPLE
+    chunk = max(1, WORKSPACE_BYTES // ((2 * row_places + num_places * index_dim) * statistics.itemsize))
+    chunk = min(count, chunk)
+    target, grad = (torch.empty(chunk, row_places, dtype=statistics, device=q.device) for _ in range(2))
+    counts = weights != 0
+    used = used_places(selected, num_keys).masked_fill_(~counts.flatten(), 0)
+    types = operand_types(queries, keys, q, k, statistics)
+    index = {
+        "HI": index_heads,
+        "DI": index_dim,
+        "BLOCK_HI": padded(index_heads),
+        "BLOCK_DI": padded(index_dim),
+        "BLOCK_K": tiles.keys,
+        "INDEX_DOT": types["INDEX_DOT"],
+        "ACC": types["ACC"],
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+    if grads is not None:
+        factors, top = key_factors(weights, gates)
+        places = torch.empty(chunk, num_places, index_dim, dtype=statistics, device=q.device)
+        grad_k = grads[1].contiguous()
+        known = (selected >= 0) & (selected < num_keys) & counts.unsqueeze(-1)
+        # Rows of keys as in `grad_k`, which may be longer; past its end for places that nobody wrote.
+        first_row = torch.arange(batch, device=q.device)[:, None, None] * k.shape[1]
+        key_rows = torch.where(known, selected + first_row, batch * k.shape[1]).flatten(0, 1)  # [B * n, K]
+    for begin in range(0, count, chunk):
+        size = min(chunk, count - begin)
+        sizes = (begin, num_queries, num_keys, num_places, row_places)
+        with on_device(q.device):
+            _divergence_kernel[(size,)](
+                queries,
+                keys,
+                lse,
+                selected,
+                used,
+                q,
+                k,
+                gates,
+                target,
+                grad,
+                rows,
+                scaling * LOG2_E,
+                *queries.stride(),
+                *keys.stride(),
+                *lse.stride(),
+                *selected.stride(),
+                *q.stride(),
+                *k.stride(),
+                *gates.stride(),
+                *sizes,
+                keys.shape[1],
+                HEADS=heads // keys.shape[1],
+                **split_width(dim),
+                BLOCK_H=tiles.rows,
+                DOT=types["DOT"],
+                **index,
+            )
+            if grads is None:
+                continue
+            _gradients_kernel[(size,)](
+                selected,
+                used,
+                q,
+                k,
+                gates,
+                weights,
+                factors,
+                top,
+                grad,
+                grads[0],
+                grads[2],
+                places,
+                *selected.stride(),
+                *q.stride(),
+                *k.stride(),
+                *gates.stride(),
+                *weights.stride(),
+                *factors.stride(),
+                *grads[0].stride(),
+                *grads[2].stride(),
+                *sizes,
+                LIFT=LIFT,
+                **index,
+            )
+        chosen = key_rows[begin : begin + size].flatten()
+        add_rows_in_order(places[:size].flatten(0, 1), chosen, grad_k.flatten(0, 1))
+    if grads is not None and grad_k is not grads[1]:
+        grads[1].copy_(grad_k)
+    return (rows * weights).sum()

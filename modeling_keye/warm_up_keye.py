@@ -1,0 +1,128 @@
+"""Compiles the kernels of a model before it serves, so that no request waits for the compiler.
+
+Blocks are chosen by head sizes, dtype and shared memory alone; what remains are a few ways through the host code (split
+or whole lists, masks, long rows). Each step takes one of them with the smallest input that does.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from .ops_keye import select_tokens, sparse_gqa, sparse_mla
+from .sparse_reference_keye import forced_count
+from .triton_common_keye import multiprocessors
+from .triton_union_keye import MAX_UNIT
+
+# Up to here the row kernel of the selection takes its small tile (`triton_selection_keye.select_tile`).
+_SHORT_ROWS = 2**15
+# Places of a list that is cut into parts when there is room, and of one that never is.
+_WIDE, _NARROW = 1024, 16
+
+
+def warm_up(
+    config, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, *, training: bool = False
+) -> dict[str, float]:
+    """Launches every kernel that a decoder of this configuration needs, once.
+
+    Args:
+        config: a text configuration, or one that has a `text_config`. device, dtype: the model's.
+        training: the backward kernels too, in the mode that `torch.use_deterministic_algorithms` asks for now.
+
+    Returns:
+        Seconds of each step, nearly all compilation; later ones find what earlier ones compiled. Raises `ValueError`
+        with one sentence where the kernels cannot take these head sizes.
+    """
+    config = getattr(config, "text_config", None) or config
+    device = torch.device(device)
+    seconds = {}
+    for name, step in _steps(config, device, dtype, training):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds[name] = time.perf_counter() - start
+    return seconds
+
+
+def _steps(config, device, dtype, training) -> list[tuple[str, Callable[[], None]]]:
+    topk = config.index_topk if config.indexer_type else None
+    rule = {"topk": topk, "local_window": config.local_window, "anchor_stride": config.anchor_stride}
+    if all(value is None for value in rule.values()):
+        return []  # dense layers only
+    steps = []
+    lengths = {"whole": 4}  # fewer tokens than any rule keeps
+    if topk is not None:
+        selective = _selective_length(**rule)
+        lengths |= {"short": selective, "long": max(selective, _SHORT_ROWS + 1)}
+    for name, num_keys in lengths.items():
+        for padded in (False, True):
+            label = f"select, {name}{', padded' if padded else ''}"
+            steps.append((label, partial(_select, config, rule, num_keys, padded, device, dtype)))
+    processors = multiprocessors(device)
+    attend = {"mla": _attend_latent, "gqa": _attend_grouped}[config.attention_type]
+    for name, batch, num_queries, places in (
+        ("decode", 1, 1, _WIDE),
+        ("decode, batch", processors, 1, _NARROW),
+        ("prefill", 1, processors * MAX_UNIT, _NARROW),
+        ("prefill, last queries", 1, MAX_UNIT, _WIDE),
+    ):
+        steps.append((name, partial(attend, config, batch, num_queries, places, device, dtype, training)))
+    return steps
+
+
+def _selective_length(topk: int, local_window: int | None, anchor_stride: int | None) -> int:
+    """A number of tokens of which not all are kept."""
+    num_keys = 16
+    while num_keys - forced_count(num_keys, local_window, anchor_stride) <= topk:
+        num_keys *= 2
+    return num_keys
+
+
+def _select(config, rule, num_keys, padded, device, dtype) -> None:
+    heads, dim = config.index_n_heads, config.index_head_dim
+    scored = rule["topk"] is not None
+    mask = torch.ones(1, num_keys, dtype=torch.bool, device=device) if padded else None
+    select_tokens(
+        torch.zeros(1, 2, heads, dim, dtype=dtype, device=device) if scored else None,
+        torch.zeros(1, num_keys, dim, dtype=dtype, device=device) if scored else None,
+        torch.zeros(1, 2, heads, device=device) if scored else None,
+        **rule,
+        batch_size=1,
+        num_queries=2,
+        query_offset=num_keys - 2,
+        key_mask=mask,
+        width=num_keys,
+        device=device,
+    )
+
+
+def _attend_latent(config, batch, num_queries, places, device, dtype, training) -> None:
+    num_queries = min(num_queries, multiprocessors(device))  # a query is a program of its own here
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    shapes = (batch, num_queries, config.num_attention_heads, width), (batch, places, width)
+    indices = _indices(batch, num_queries, places, device)
+    _run(lambda q, kv: sparse_mla(q, kv, indices, 1.0, config.kv_lora_rank), shapes, device, dtype, training)
+
+
+def _attend_grouped(config, batch, num_queries, places, device, dtype, training) -> None:
+    keys = (batch, config.num_key_value_heads, places, config.head_dim)
+    shapes = (batch, num_queries, config.num_attention_heads, config.head_dim), keys, keys
+    indices = _indices(batch, num_queries, places, device)
+    _run(lambda q, k, v: sparse_gqa(q, k, v, indices, 1.0), shapes, device, dtype, training)
+
+
+def _indices(batch: int, num_queries: int, places: int, device: torch.device) -> torch.Tensor:
+    """Every query reads the first key."""
+    indices = torch.full((batch, num_queries, places), -1, dtype=torch.int32, device=device)
+    indices[..., 0] = 0
+    return indices
+
+
+def _run(attend, shapes, device, dtype, training: bool) -> None:
+    inputs = [torch.zeros(shape, dtype=dtype, device=device, requires_grad=training) for shape in shapes]
+    with torch.set_grad_enabled(training):
+        out, _ = attend(*inputs)
+    if training:
+        torch.autograd.grad(out, inputs, torch.zeros_like(out))

@@ -1,0 +1,203 @@
+"""`python -m training.train`: every stage trains what it says and leaves a checkpoint that anybody can load."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel, get_peft_model
+
+from examples.ask_a_video import ask
+from modeling_keye import KeyeForVideoQA, KeyeProcessor
+from tests.model.checkpoints import small_model
+from tests.training.small_runs import KEYE_TINY, logged, make_rows, python, values, weights
+from training import train
+from training.exact_answers import is_right, last_question
+from training.recipe import make_recipe
+from training.rows import load_rows
+from training.stages import lora_config
+from training.video_dataset import VideoQADataset
+
+# Without the package: whatever the folder does not bring along is missed.
+REMOTE = """
+import json, sys
+from transformers import AutoModel, AutoProcessor
+folder, video = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+content = [{"type": "video", "path": video}, {"type": "text", "text": "What is shown at 1.0 seconds?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+    return_tensors="pt",
+)
+answer = model.generate(**inputs)
+text = processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+ours = [name for name in sys.modules if name.split(".")[0] in ("modeling_keye", "training")]
+print(json.dumps({"answer": text, "ours": ours, "stops": model.generation_config.eos_token_id}))
+"""
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return make_rows(tmp_path_factory.mktemp("rows"))
+
+
+def run(rows, output, stage, trainer=None, **changes):
+    once = {"max_steps": 1, "save_strategy": "no", **(trainer or {})}
+    assert train.run(make_recipe(values(rows, output, stage, once, **changes))) == 0
+    return output / "final"
+
+
+@pytest.fixture(scope="module")
+def adapted(rows, tmp_path_factory):
+    """`final` of LoRA."""
+    output = tmp_path_factory.mktemp("lora")
+    return run(rows, output, "finetune", {"max_steps": 2, "learning_rate": 1e-2}, lora={"rank": 4, "alpha": 8})
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "trains", "learns"),
+    [
+        ("pretrain", {}, "trunk", False),
+        ("indexer-warmup", {"indexer": {"topk": 4}}, "indexer", True),
+        ("sparse-adaptation", {"indexer": {"topk": 4}, "router_balance": 0.01}, "all", True),
+        ("finetune", {"data": {"packed": True}}, "trunk", False),
+    ],
+)
+def test_a_stage_trains_its_part(stage, changes, trains, learns, rows, tmp_path):
+    changes = {**changes, "data": {"train": str(rows), **changes.get("data", {})}}
+    final = run(rows, tmp_path, stage, **changes)
+    before, after = weights(KEYE_TINY), weights(final)
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    indexer = {name for name in before if ".indexer." in name}
+    if trains == "indexer":
+        assert moved == indexer
+    else:
+        assert moved - indexer and (moved & indexer == (indexer if trains == "all" else set()))
+    assert any("e_score_correction_bias" in name for name in moved) == bool(changes.get("router_balance"))
+    assert bool(logged(final, "indexer_loss", "indexer_recall")) == learns
+    config = json.loads((final / "config.json").read_text())["text_config"]
+    source = json.loads((KEYE_TINY / "config.json").read_text())["text_config"]
+    assert config["index_topk"] == changes.get("indexer", {}).get("topk", source["index_topk"])
+    # Whoever loads the result and trains it says by which losses.
+    assert not config.get("indexer_loss_coef") and config.get("indexer_stage", "adaptation") == "adaptation"
+
+
+def test_the_warmup_gives_an_indexer_to_a_model_without_one(rows, tmp_path):
+    small_model("mla_dense").save_pretrained(tmp_path / "dense")
+    recipe = values(rows, tmp_path, "indexer-warmup", model=str(tmp_path / "dense"))
+    made = train.load_model(make_recipe({**recipe, "indexer": {"topk": 4, "heads": 2, "head_dim": 32}}))
+    text = made.config.text_config
+    assert (text.index_topk, text.index_n_heads, text.index_head_dim) == (4, 2, 32)
+    with pytest.raises(train.RecipeError, match="`indexer-warmup` comes first"):
+        train.load_model(make_recipe({**recipe, "stage": "sparse-adaptation"}))
+
+
+def test_adapters_are_merged_into_what_they_answer(adapted, rows):
+    before, after = weights(KEYE_TINY), weights(adapted)
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert moved and not any(".indexer." in name or ".visual." in name for name in moved)
+    for part in ("q_proj", "o_proj", "mlp.down_proj", "shared_experts.up_proj", "experts.gate_up_proj"):
+        assert any(part in name for name in moved), part
+    batch = VideoQADataset(load_rows(rows), KeyeProcessor.from_pretrained(adapted), max_length=None)[0]
+    batch = last_question(batch)[0]
+    base = KeyeForVideoQA.from_pretrained(KEYE_TINY)
+    with torch.no_grad():
+        plain = base(**batch).logits
+        with_adapter = PeftModel.from_pretrained(base, adapted / "adapter").eval()(**batch).logits
+        merged = KeyeForVideoQA.from_pretrained(adapted)(**batch).logits
+    assert (with_adapter - plain).abs().max() > 0.1
+    torch.testing.assert_close(merged, with_adapter, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+def test_the_target_list_has_every_projection_but_those_of_the_indexer(kind):
+    model = small_model(kind)
+    layers = model.model.language_model.named_modules()
+    linear = {name for name, module in layers if isinstance(module, torch.nn.Linear)}
+    model = get_peft_model(model, lora_config(model, rank=2))
+    hit = {
+        name.split(".language_model.")[1]
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and isinstance(getattr(module, "base_layer", None), torch.nn.Linear)
+    }
+    assert hit == {name for name in linear if ".indexer." not in name}
+    assert any("experts" in name for name, parameter in model.named_parameters() if "lora_A" in name)
+
+
+def test_a_finished_run_loads_as_remote_code(adapted, rows, tmp_path):
+    """In a process that has the folder and nothing else of ours."""
+    video = json.loads(rows.read_text().splitlines()[0])["video"]
+    video = str(rows.parent / video)
+    done = python("-c", REMOTE, str(adapted), video, cwd=tmp_path, PYTHONPATH="", PYTHONSAFEPATH="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    stops = json.loads((KEYE_TINY / "generation_config.json").read_text())["eos_token_id"]
+    assert result == {"answer": ask(video, "What is shown at 1.0 seconds?", str(adapted)), "ours": [], "stops": stops}
+    record = json.loads((adapted / "training.json").read_text())
+    assert record["seed"] == 0 and record["steps"] == 2 and record["recipe"]["lora"]["rank"] == 4
+    assert record["versions"]["torch"] == torch.__version__ and record["versions"]["transformers"]
+
+
+def test_exact_answers_are_counted_by_kind(rows, tmp_path):
+    """Rows that expect what the model says before training, and one that expects something else."""
+    video = str(rows.parent / json.loads(rows.read_text().splitlines()[0])["video"])
+    questions = [
+        "What shape is shown at 1.0 seconds?",
+        "How many circles appear?",
+        "What color is shown at 0.0 seconds?",
+    ]
+    answers = [ask(video, question) for question in questions]
+    assert all(answers)
+    answers[2] = "purple" if answers[2] != "purple" else "green"
+    columns = zip(questions, answers, ("what", "count", "what"))
+    lines = [json.dumps({"video": video, "question": q, "answer": a, "kind": kind}) for q, a, kind in columns]
+    held_out = tmp_path / "eval.jsonl"
+    held_out.write_text("\n".join(lines))
+    data = {"train": str(rows), "eval": str(held_out)}
+    first = {"eval_on_start": True, "eval_strategy": "no"}
+    final = run(rows, tmp_path, "finetune", first, data=data)
+    names = ("eval_exact_match", "eval_exact_match_what", "eval_exact_match_count")
+    assert logged(final, *names) == [(0, pytest.approx(200 / 3), 50.0, 100.0)]
+    assert logged(final, "eval_loss")
+
+
+def test_the_last_question_of_a_conversation():
+    ids = torch.arange(10, 22)
+    labels = torch.full_like(ids, -100)
+    labels[3:5], labels[8:11] = ids[3:5], ids[8:11]
+    example = {"input_ids": ids, "labels": labels, "mm_token_type_ids": ids % 2, "video_grid_thw": torch.ones(1, 3)}
+    prompt, answer = last_question(example)
+    assert prompt["input_ids"].tolist() == [ids[:8].tolist()] and answer.tolist() == ids[8:11].tolist()
+    assert prompt["mm_token_type_ids"].shape == (1, 8) and prompt["video_grid_thw"].shape == (1, 3)
+    with pytest.raises(ValueError, match="without a labelled answer"):
+        last_question({**example, "labels": torch.full_like(ids, -100)})
+    assert is_right(" Red Circle", "red circle") and not is_right("red", "red circle")
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "sentence"),
+    [
+        ({"video": "none.mp4"}, {}, "train.jsonl, row 2"),
+        ({"answer": ""}, {}, "train.jsonl, row 2"),
+        ({"qestion": "x"}, {}, "qestion"),
+        ({}, {"data": {"max_lenght": 5}}, "the nearest valid key is `data.max_length`"),
+        ({}, {"model": "no/such/folder/here"}, "`model` is 'no/such/folder/here'"),
+        ({}, {"trainer": {"eval_strategy": "epoch"}}, "there is no `data.eval`"),
+    ],
+)
+def test_what_is_refused_leaves_nothing_behind(row, changes, sentence, rows, tmp_path, capsys):
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    for line in lines:
+        line["video"] = str(rows.parent / line["video"])
+    lines[1].update(row)
+    file = tmp_path / "train.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    recipe = values(file, tmp_path / "out", "finetune")
+    recipe.update({k: {**recipe[k], **v} if isinstance(v, dict) else v for k, v in changes.items()})
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(recipe))
+    assert train.main([str(config)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and sentence in error
+    assert not (tmp_path / "out").exists()

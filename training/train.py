@@ -1,0 +1,197 @@
+"""Train one stage: `python -m training.train CONFIG.yaml [key=value ...]`, in one process or under `accelerate launch`.
+
+The run lives in the recipe's `output`: checkpoints while it trains, and at its end `final`, which loads with
+`AutoModel.from_pretrained("OUTPUT/final", trust_remote_code=True)`. The same command goes on where the last one was
+killed, interrupted (Ctrl-C saves first) or switched off, and on the CPU its weights and losses are those of a run that
+never stopped, bit for bit.
+"""
+
+import argparse
+import dataclasses
+import gc
+import os
+import platform
+import shutil
+import signal
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch.distributed as dist
+from peft import PeftModel
+from transformers import Trainer, set_seed
+
+from modeling_keye import KeyeProcessor
+
+from .collator import VideoQACollator
+from .exact_answers import ExactAnswersMixin
+from .indexer_training import IndexerTrainer, decoder_of
+from .recipe import Recipe, RecipeError, load_recipe, training_arguments
+from .resuming import LogWithSave, StopOnSignal, check_same_run, find_start, write_json
+from .router_balance import RouterBalance
+from .rows import DataError, load_rows
+from .sharding import ShardsOnCpuMixin
+from .stages import load_config, load_model, prepare
+from .video_dataset import VideoQADataset
+
+RECORD = "training.json"
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "keye-video-qa")
+
+
+class KeyeTrainer(ExactAnswersMixin, ShardsOnCpuMixin, IndexerTrainer):
+    """`Trainer` with the indexer's loss in its log and exact answers in its evaluation."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status: 0 done, 2 bad input, 128 + signal after a stop that can be resumed."""
+    parser = argparse.ArgumentParser(description="Train one stage of a recipe.")
+    parser.add_argument("config", help="the recipe, a YAML file; see recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example trainer.max_steps=10")
+    options = parser.parse_args(arguments)
+    try:
+        return run(load_recipe(options.config, options.overrides))
+    except (RecipeError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            gc.collect()  # a sharded model that outlives its group can hang the end of the process
+            dist.destroy_process_group()
+
+
+def run(recipe: Recipe) -> int:
+    """Train `recipe` to its end, or until a signal comes. Returns as `main`; raises `RecipeError` and `DataError`."""
+    output = Path(recipe.output)
+    final, values = output / "final", dataclasses.asdict(recipe)
+    if (final / RECORD).exists():
+        check_same_run(output, values)
+        print(f"{final} is finished already.")
+        return 0
+    start = find_start(output, recipe.resume, values)
+    # Everything that can be refused is looked at before the first file is written.
+    arguments = training_arguments(recipe)
+    set_seed(recipe.seed)
+    processor = load_processor(recipe)
+    datasets = {name: make_dataset(recipe, processor, name) for name in ("train", "eval")}
+    model = prepare(load_model(recipe), recipe)
+
+    stop = StopOnSignal()
+    trainer = KeyeTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets["eval"],
+        data_collator=VideoQACollator(
+            processor,
+            packed=recipe.data.packed,
+            pad_to_multiple_of=recipe.data.pad_to_multiple_of,
+            config=load_config(recipe),
+        ),
+        processing_class=processor,
+        callbacks=[RouterBalance(recipe.router_balance), LogWithSave(), stop],
+    )
+    if trainer.is_fsdp_enabled:
+        # All processes gather a layer's weights together, so none may run it once more than another.
+        decoder_of(model).config.prefill_chunk_tokens = sys.maxsize
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "recipe.json", values)
+        print(f"{recipe.stage}: {trainable(model)}; {f'going on from {start}' if start else 'from the beginning'}")
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+    if stop.received and trainer.state.global_step < trainer.state.max_steps:
+        if trainer.is_world_process_zero():
+            name = signal.Signals(stop.received).name
+            print(f"{name}: stopped behind step {trainer.state.global_step} and saved. The same command goes on.")
+        return 128 + stop.received
+    save_final(trainer, recipe, final)
+    if trainer.is_world_process_zero():
+        print(f"{final} is finished.")
+    return 0
+
+
+def load_processor(recipe: Recipe) -> KeyeProcessor:
+    try:
+        return KeyeProcessor.from_pretrained(recipe.model)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"`model` is {recipe.model!r}, which cannot be read: {reason}") from error
+
+
+def make_dataset(recipe: Recipe, processor: KeyeProcessor, part: str) -> VideoQADataset | None:
+    """The `train` or `eval` examples of the recipe, None where it names no source."""
+    data = recipe.data
+    source = getattr(data, part)
+    if source is None:
+        return None
+    media_root = None if data.media_root is None else Path(data.media_root)
+    rows = load_rows(source, format=data.format, media_root=media_root, split=getattr(data, f"{part}_split"))
+    return VideoQADataset(
+        rows,
+        processor,
+        max_length=data.max_length,
+        on_bad_video=data.on_bad_video,
+        frame_cache=None if data.frame_cache is None else Path(data.frame_cache),
+        video_options=data.video_options,
+        skipped_file=Path(recipe.output) / "skipped.jsonl",
+    )
+
+
+def trainable(model) -> str:
+    """How much of a model trains, in words."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    part = sum(size for size, trains in sizes if trains)
+    return f"{part:,} of {sum(size for size, _ in sizes):,} parameters train"
+
+
+def save_final(trainer: Trainer, recipe: Recipe, final: Path) -> None:
+    """Write `final` under another name and rename it when it is whole. Sharded weights need all processes."""
+    temporary = final.with_name("final.tmp")
+    main_process, lora = trainer.is_world_process_zero(), recipe.lora
+    if main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    text = decoder_of(trainer.model).config
+    text.prefill_chunk_tokens = load_config(recipe).text_config.prefill_chunk_tokens
+    # The losses belong to the run; whoever trains this model next says which ones.
+    text.indexer_loss_coef, text.indexer_stage = 0.0, "adaptation"
+    merges = lora is not None and lora.merge
+    trainer.save_model(str(temporary / "adapter" if merges else temporary))
+    trainer.accelerator.wait_for_everyone()
+    if not main_process:
+        return
+    if merges:
+        merge(recipe, temporary / "adapter", temporary)
+        trainer.processing_class.save_pretrained(temporary)
+    write_json(temporary / RECORD, record(trainer, recipe))
+    os.replace(temporary, final)
+
+
+def merge(recipe: Recipe, adapter: Path, folder: Path) -> None:
+    """Save the model of the recipe with `adapter` merged into it. Both are read from disk: what was saved counts."""
+    model = PeftModel.from_pretrained(load_model(recipe), adapter).merge_and_unload()
+    model.save_pretrained(folder)
+
+
+def record(trainer: Trainer, recipe: Recipe) -> dict:
+    """How the weights came to be: recipe, versions, and the log with all losses and scores."""
+    return {
+        "stage": recipe.stage,
+        "seed": recipe.seed,
+        "steps": trainer.state.global_step,
+        "processes": trainer.args.world_size,
+        "recipe": dataclasses.asdict(recipe),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "log": trainer.state.log_history,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # this repository, run from its folder
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
