@@ -47,6 +47,11 @@ def test_queries_without_a_key_and_lists_without_a_shared_key():
     assert shared.shape == (1, 0) and torch.equal(unpack_index_list(shared, rest, 3), apart)
 
 
+def test_a_slot_that_a_query_lists_twice_stays_twice():
+    twice = torch.tensor([[[0, 0, 3], [1, 3, -1]]], dtype=torch.int32)
+    assert torch.equal(unpack_index_list(*pack_index_list(twice, 4), 3), twice)
+
+
 def test_anchors_are_kept_once_for_all_queries_of_a_run():
     stride, num_queries, offset = 8, 64, 4096
     indices = _selected(Selection(16, 8, stride), 1, num_queries, offset)

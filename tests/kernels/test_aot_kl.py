@@ -103,7 +103,7 @@ PRODUCTS = (
 SPILLS = {
     (90, "dense_absorbed", "_divergence_kernel"): 72,
     (80, "dense_absorbed", "_divergence_kernel"): 16,
-    (89, "dense_absorbed", "_divergence_kernel"): 16,
+    (89, "dense_absorbed", "_divergence_kernel"): 24,
 }
 
 

@@ -317,5 +317,5 @@ def test_damaged_metadata(plain, capsys):
 def test_the_embedded_checkpoint_gets_a_card(capsys):
     assert card.main([str(ROOT / "checkpoints" / "keye-tiny")]) == card.DONE
     text = capsys.readouterr().out
-    assert table(text, "Facts")["Parameters"] == "3,869,376"
+    assert table(text, "Facts")["Parameters"] == "4,144,032"
     assert "## What it can do" in text
