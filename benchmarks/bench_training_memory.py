@@ -8,9 +8,6 @@ everything trains) and `warmup` (dense attention, the indexer's loss over all to
 The models are small: one dense layer, one with experts, and the window and the anchors that the configuration has by
 default. Every number comes from a fresh process: its peak resident size above model and gradients. Growth is the
 exponent between two lengths: 1 is linear, and a constant part lowers it. The last line is JSON.
-
-What a selection costs is told beside it: the kept slots of one layer, which stand until its backward pass. With anchors
-they grow by N / `anchor_stride` for each of N tokens.
 """
 
 import argparse
@@ -27,8 +24,6 @@ from tqdm import tqdm
 
 from benchmarks.common import Measured, machine
 from modeling_keye import KeyeConfig, KeyeForVideoQA
-from modeling_keye.configuration_keye import KeyeTextConfig
-from modeling_keye.sparse_attention_keye import Selection
 from training.indexer_training import freeze_all_but_indexer
 
 STAGES = ("adaptation", "warmup")
@@ -111,13 +106,6 @@ def step(model: KeyeForVideoQA, tokens: torch.Tensor) -> float:
     return float(loss.detach())
 
 
-def kept_slots_bytes(kind: str, num_tokens: int) -> int:
-    """Bytes of the slots, int32, that the selection of one layer keeps over `num_tokens` tokens."""
-    config = KeyeTextConfig(**SHAPES[kind])
-    selection = Selection(config.index_topk, config.local_window, config.anchor_stride)
-    return 4 * sum(selection.width(n) for n in range(1, num_tokens + 1))
-
-
 def measure(kind: str, stage: str, num_tokens: int) -> dict:
     """Peak of one step in this process, which should be fresh."""
     model = build_model(kind, stage)
@@ -197,10 +185,6 @@ def main() -> None:
         row["at_most_linear"] = row["exponents"][-1] <= 1 + NOISE
 
     print(table(rows, lengths))
-    kept = {kind: {n: kept_slots_bytes(kind, n) for n in lengths} for kind in arguments.models}
-    for kind, sizes in kept.items():
-        listed = ", ".join(f"{size / 2**20:,.0f} MiB at {n:,} tokens" for n, size in sizes.items())
-        print(f"\nKept slots of one {kind} layer: {listed} (exponent {growth(sizes)[-1]:.3f}).")
     linear = all(row["at_most_linear"] for row in rows)
     print(f"\nGrowth from {lengths[0]:,} to {lengths[-1]:,} tokens is {'' if linear else 'NOT '}at most linear.")
     report = {
@@ -210,7 +194,6 @@ def main() -> None:
         "lengths": lengths,
         "noise": NOISE,
         "rows": rows,
-        "kept_slots_bytes": kept,
         "at_most_linear": linear,
     }
     if arguments.output:

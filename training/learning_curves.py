@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .long_videos import LONG_KINDS
 from .score_plot import plotting_library
 
-STAGES = ("long", "far", "warmup", "sparse")
+STAGES = ("long", "far", "warmup", "sparse", "settle")
 INDEXER = {"indexer_loss": "indexer: KL", "indexer_recall": "indexer: attention caught"}
 
 
@@ -42,7 +42,7 @@ def curves(log: list[dict]) -> dict[str, tuple[list[int], list[float]]]:
 def plot_curves(run: Path, path: Path) -> None:
     """Draw the curves of a run to `path`, whose ending decides the format."""
     logs = {stage: stage_log(run / stage) for stage in STAGES}
-    figure = plotting_library().Figure(figsize=(4.2 * len(STAGES), 3.8))
+    figure = plotting_library().Figure(figsize=(4.0 * len(STAGES), 3.8))
     for panel, (stage, log) in zip(figure.subplots(1, len(STAGES), sharey=True), logs.items()):
         for name, (steps, values) in curves(log).items():
             panel.plot(steps, values, label=name, linestyle="--" if name in INDEXER.values() else "-")
