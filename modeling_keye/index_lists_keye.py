@@ -8,8 +8,8 @@ import torch
 
 
 def pack_index_list(indices: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int32 [B, S, K], -1 where unused -> what all queries of a batch row keep, int32 [B, C] with -1 at the end, and the
-    rest of each query, int32 [B, S, K']. Nothing is shared where a query lists a slot twice."""
+    """int32 [B, S, K], -1 where unused -> what all queries of a batch row keep, int32 [B, C] with -1 at the end, and
+    the rest of each query, int32 [B, S, K']. Nothing is shared where a query lists a slot twice."""
     batch, num_queries, _ = indices.shape
     places = (indices + 1).flatten(1).long()
     counts = torch.zeros(batch, num_keys + 1, dtype=torch.int32, device=indices.device)

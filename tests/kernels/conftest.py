@@ -1,6 +1,7 @@
 """Kernel tests run in Triton's interpreter on the CPU, or on the device where there is one, over poisoned memory."""
 
 import os
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# The release that `.ci/run` installs; another compiler allocates registers in its own way.
+COMPILER = "3.8"
 # No slot, no count and no offset that a kernel could make sense of.
 POISONED_INTEGER = -(2**30) - 12345
 
@@ -20,6 +23,13 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if Path(__file__).parent in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason="Triton is not installed (pip install triton)"))
+        return
+    found = version("triton")
+    if not found.startswith(COMPILER):
+        reason = f"registers and spills are those of Triton {COMPILER}'s compiler, {found} is installed"
+        for item in items:
+            if Path(__file__).parent in item.path.parents and item.path.name.startswith("test_aot"):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture
