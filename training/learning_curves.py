@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers.trainer_utils import get_last_checkpoint
 
 from .long_videos import LONG_KINDS
-from .score_plot import plotting_library
+from .score_plot import plotting_library, save_figure
 
 STAGES = ("long", "far", "warmup", "sparse", "settle")
 INDEXER = {"indexer_loss": "indexer: KL", "indexer_recall": "indexer: attention caught"}
@@ -51,9 +51,7 @@ def plot_curves(run: Path, path: Path) -> None:
         panel.legend(fontsize="x-small", ncols=3, loc="upper left")
     figure.axes[0].set_ylabel("share of right answers; nats")
     figure.tight_layout()
-    part = path.with_name(f"{path.stem}.part{path.suffix}")
-    figure.savefig(part)
-    part.replace(path)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -64,6 +64,11 @@ def plot_scores(found: dict, path: Path) -> None:
     first.set_ylabel("right answers in percent")
     first.legend(fontsize="small", loc="lower left")
     figure.tight_layout()
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a figure whole or not at all; the ending of `path` decides the format."""
     part = path.with_name(f"{path.stem}.part{path.suffix}")
     figure.savefig(part, dpi=150)
     part.replace(path)
