@@ -27,6 +27,7 @@ except ImportError:  # Windows has none
 from .exact_answers import is_right
 from .long_plan import LongPlan, checked_kinds, held_out_long
 from .long_videos import LONG_KINDS, NO, YES
+from .resuming import write_json
 from .score_plot import plot_scores, plotting_library
 from .score_tables import accuracy, cell, grouped, markdown
 from .synthetic_videos import Question, write_video
@@ -127,13 +128,6 @@ def open_record(path: Path | None, settings: dict) -> dict:
                 "with --json, or remove this one."
             )
     return {name: found[name] for name in ("settings", "answers", "readings")}
-
-
-def write_json(path: Path, document: dict) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(document, indent=1) + "\n")
-    part.replace(path)
 
 
 def scores(record: dict) -> dict:

@@ -81,6 +81,7 @@ def _flat(recipe: dict) -> dict:
 
 
 def write_json(file: Path, value: dict) -> None:
+    """Write a file whole or not at all."""
     temporary = file.with_name(f"{file.name}.tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(temporary, file)
