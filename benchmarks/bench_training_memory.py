@@ -1,13 +1,15 @@
 """Memory of one training step with gradient checkpointing, by length: at most linear from 8,192 to 32,768 tokens?
 
-    python -m benchmarks.bench_training_memory [--lengths 8192 16384 32768] [--models mla gqa] [--output FILE]
+    python -m benchmarks.bench_training_memory [--lengths 8192 16384 32768] [--models mla gqa] [--repeats 3]
+        [--output FILE]
 
 A step is forward and backward (no optimizer, whose memory does not depend on the length) at batch 1 in fp32, in the two
 stages that train the indexer: `adaptation` (language-model loss and the indexer's loss over the selected tokens,
 everything trains) and `warmup` (dense attention, the indexer's loss over all tokens, nothing but the indexer trains).
 The models are small: one dense layer, one with experts, and the window and the anchors that the configuration has by
-default. Every number comes from a fresh process: its peak resident size above model and gradients. Growth is the
-exponent between two lengths: 1 is linear, and a constant part lowers it. The last line is JSON.
+default. Every number comes from a fresh process: its peak resident size above model and gradients. That holds what the
+allocator did not give back, too, which differs from run to run: the median of `--repeats` processes counts. Growth is
+the exponent between two lengths: 1 is linear, and a constant part lowers it. The last line is JSON.
 """
 
 import argparse
@@ -17,7 +19,9 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
+from statistics import median
 
 import torch
 from tqdm import tqdm
@@ -27,7 +31,7 @@ from modeling_keye import KeyeConfig, KeyeForVideoQA
 from training.indexer_training import freeze_all_but_indexer
 
 STAGES = ("adaptation", "warmup")
-# A peak counts pages of the allocator too: what the same measurement differs by, as an exponent.
+# What medians of the same measurement differ by, as an exponent.
 NOISE = 0.02
 # The first step also loads code and starts threads.
 WARM_UP_TOKENS = 512
@@ -128,12 +132,12 @@ def measure_in_a_fresh_process(kind: str, stage: str, num_tokens: int) -> dict:
         return pool.submit(measure, kind, stage, num_tokens).result()
 
 
-def read_journal(journal: Path | None) -> dict[tuple[str, str, int], dict]:
-    """What an interrupted run has measured, by model, stage and tokens."""
+def read_journal(journal: Path | None) -> dict[tuple[str, str, int, int], dict]:
+    """What an interrupted run has measured, by model, stage, tokens and repeat."""
     if journal is None or not journal.is_file():
         return {}
     entries = [json.loads(line) for line in journal.read_text().splitlines()]
-    return {(entry["model"], entry["stage"], entry["tokens"]): entry for entry in entries}
+    return {(entry["model"], entry["stage"], entry["tokens"], entry["repeat"]): entry for entry in entries}
 
 
 def growth(peaks: dict[int, int]) -> list[float]:
@@ -160,27 +164,33 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--models", nargs="+", choices=tuple(SHAPES), default=list(SHAPES))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--repeats", type=int, default=3, help="processes per number; their median counts")
     parser.add_argument("--output", type=Path, help="write the JSON document here too; continues an interrupted run")
     arguments = parser.parse_args()
     lengths = sorted(set(arguments.lengths))
     if len(lengths) < 2 or lengths[0] <= WARM_UP_TOKENS:
         parser.error(f"--lengths {arguments.lengths}: growth needs two lengths or more, above {WARM_UP_TOKENS}.")
+    if arguments.repeats < 1:
+        parser.error(f"--repeats {arguments.repeats}: measure at least once.")
 
     journal = arguments.output and arguments.output.with_name(arguments.output.name + ".partial")
     found = read_journal(journal)
     rows = []
-    runs = [(kind, stage, n) for kind in arguments.models for stage in arguments.stages for n in lengths]
-    for kind, stage, n in tqdm(runs, desc="steps", file=sys.stderr):
-        if n == lengths[0]:
-            rows.append({"model": kind, "stage": stage, "peak_bytes": {}, "losses": {}})
-        result = found.get((kind, stage, n))
+    runs = list(product(arguments.models, arguments.stages, lengths, range(arguments.repeats)))
+    for kind, stage, n, repeat in tqdm(runs, desc="steps", file=sys.stderr):
+        if (n, repeat) == (lengths[0], 0):
+            rows.append({"model": kind, "stage": stage, "peaks": {}, "losses": {}})
+        result = found.get((kind, stage, n, repeat))
         if result is None:
             result = measure_in_a_fresh_process(kind, stage, n)
             if journal is not None:
                 with journal.open("a") as file:
-                    file.write(json.dumps({"model": kind, "stage": stage, "tokens": n, **result}) + "\n")
-        rows[-1]["peak_bytes"][n], rows[-1]["losses"][n] = result["peak_bytes"], result["loss"]
+                    entry = {"model": kind, "stage": stage, "tokens": n, "repeat": repeat, **result}
+                    file.write(json.dumps(entry) + "\n")
+        rows[-1]["peaks"].setdefault(n, []).append(result["peak_bytes"])
+        rows[-1]["losses"][n] = result["loss"]
     for row in rows:
+        row["peak_bytes"] = {n: round(median(peaks)) for n, peaks in row["peaks"].items()}
         row["exponents"] = [round(value, 3) for value in growth(row["peak_bytes"])]
         row["at_most_linear"] = row["exponents"][-1] <= 1 + NOISE
 

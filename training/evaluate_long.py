@@ -88,6 +88,7 @@ def ask_all(
                 "distance": question.distance,
                 "group": plan.group(question),
                 "question": question.text,
+                "about": list(question.about),
                 "expected": question.answer,
                 "answer": answer,
                 "right": is_right(answer, question.answer),

@@ -1,7 +1,7 @@
 """Curves of a run of `training.train_keye_tiny`: `python -m training.learning_curves RUN curves.svg`.
 
-One panel per stage that asks questions about long clips: right answers of each kind on clips never seen before, and
-where the indexer learns, its loss and the share of attention that its selection catches. Needs matplotlib.
+One panel per stage of the run that asks questions about long clips: right answers of each kind on clips never seen
+before, and where the indexer learns, its loss and the share of attention that its selection catches. Needs matplotlib.
 """
 
 import argparse
@@ -40,10 +40,15 @@ def curves(log: list[dict]) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def plot_curves(run: Path, path: Path) -> None:
-    """Draw the curves of a run to `path`, whose ending decides the format."""
-    logs = {stage: stage_log(run / stage) for stage in STAGES}
-    figure = plotting_library().Figure(figsize=(4.0 * len(STAGES), 3.8))
-    for panel, (stage, log) in zip(figure.subplots(1, len(STAGES), sharey=True), logs.items()):
+    """Draw the curves of a run to `path`, whose ending decides the format.
+
+    Raises `FileNotFoundError` when none of the stages has been run.
+    """
+    logs = {stage: stage_log(run / stage) for stage in STAGES if (run / stage).is_dir()}
+    if not logs:
+        raise FileNotFoundError(f"{run} holds none of the stages {', '.join(STAGES)}.")
+    figure = plotting_library().Figure(figsize=(4.0 * len(logs), 3.8))
+    for panel, (stage, log) in zip(figure.subplots(1, len(logs), sharey=True, squeeze=False)[0], logs.items()):
         for name, (steps, values) in curves(log).items():
             panel.plot(steps, values, label=name, linestyle="--" if name in INDEXER.values() else "-")
         panel.set(title=stage, xlabel="steps", ylim=(-0.03, 1.25))

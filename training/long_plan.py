@@ -12,7 +12,7 @@ from .synthetic_videos import FRAME_SIZE, Clip, Question
 HELD_OUT_LONG = 77_002
 # Kinds whose questions compare two shapes, which can be asked for at a wanted number of frames apart.
 COMPARING = ("identity", "change")
-# How often a question is drawn again when it was asked already.
+# How often a question is drawn again when its subject came up already, then when its very words did.
 TRIES = 20
 
 
@@ -82,11 +82,14 @@ def held_out_long(plan: LongPlan, frames: int) -> Iterator[tuple[Clip, list[Ques
         wanted = [(kind, None) for kind in others for _ in turns]
         if comparing:
             wanted += [(comparing[turn % len(comparing)], distance) for distance in distances for turn in turns]
-        source, questions = LongQuestions(clip, rng), {}
+        source, questions, subjects = LongQuestions(clip, rng), {}, set()
         for kind, distance in wanted:
-            for _ in range(TRIES):
+            for attempt in range(2 * TRIES):
                 question = source.ask(kind, distance)
-                if question is not None and question.text not in questions:
+                if question is None or question.text in questions:
+                    continue
+                if attempt >= TRIES or (kind, question.about) not in subjects:
                     questions[question.text] = question
+                    subjects.add((kind, question.about))
                     break
         yield clip, list(questions.values())

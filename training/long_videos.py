@@ -28,16 +28,19 @@ from .synthetic_videos import (
 )
 
 MAX_FRAMES = 20_000
+# How often a question is drawn again that names what another one named.
+APART_TRIES = 10
 # identity: is it the same one? The answer names the earlier shape and the later one, then says yes or no: "red star
 # blue star no". change: what was it, what did it become? check: is it this one? first, last: when? earlier: which?
 LONG_KINDS = ("identity", "change", "check", "first", "last", "earlier", "count", "what", "colour")
 YES, NO = "yes", "no"
 
 LONG_TEMPLATES: dict[str, tuple[str, ...]] = {
+    # In the order of time, as the answer is: the other way round, one in six later shapes was looked up by color alone.
     "identity": (
-        "Is the shape at {late} seconds the one at {early} seconds?",
-        "Is the shape at {late} seconds the same as at {early} seconds?",
-        "Same shape at {late} as at {early}?",
+        "Is the shape at {early} seconds the one at {late} seconds?",
+        "Is the shape at {early} seconds the same as at {late} seconds?",
+        "Same shape at {early} as at {late}?",
     ),
     "end": (
         "Is the shape at the end the one at {early} seconds?",
@@ -138,7 +141,8 @@ class LongQuestions:
             return None
         template, fields, answer, distance = drawn
         texts = LONG_TEMPLATES.get(template) or TEMPLATES[template]
-        return Question(kind, texts[self.rng.integers(len(texts))].format(**fields), answer, distance)
+        text = texts[self.rng.integers(len(texts))].format(**fields)
+        return Question(kind, text, answer, distance, tuple(fields.values()))
 
     def pairs(self, distance: int | None = None) -> list[tuple[int, int]]:
         """Places in `shown` of two shapes, `distance` frames apart when given."""
@@ -228,15 +232,23 @@ class LongQuestions:
 
 
 def make_long_questions(
-    clip: Clip, rng: np.random.Generator, number: int, kinds: tuple[str, ...] = LONG_KINDS
+    clip: Clip, rng: np.random.Generator, number: int, kinds: tuple[str, ...] = LONG_KINDS, apart: bool = False
 ) -> list[Question]:
-    """Up to `number` questions, kinds in the shares of `kinds` as far as the clip allows."""
+    """Up to `number` questions, kinds in the shares of `kinds` as far as the clip allows.
+
+    `apart`: no two of them name the same time or shape, so that no answer can be copied from an earlier one.
+    """
     ask = LongQuestions(clip, rng)
     questions: list[Question] = []
+    named: set[str] = set()
     for kind in _shares(rng, number, kinds):
-        question = ask.ask(kind)
-        if question is not None and question not in questions:
+        for _ in range(APART_TRIES if apart else 1):
+            question = ask.ask(kind)
+            if question is None or question in questions or (apart and not named.isdisjoint(question.about)):
+                continue
             questions.append(question)
+            named.update(question.about)
+            break
     return questions
 
 

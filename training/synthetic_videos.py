@@ -162,12 +162,14 @@ class Clip:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a clip. `distance` in frames is what `long_videos` says; 0 where it does not matter."""
+    """A question about a clip. `distance` in frames is what `long_videos` says; 0 where it does not matter. `about` are
+    the times and shapes that a question about a long clip names: other words for the same question share it."""
 
     kind: str
     text: str
     answer: str
     distance: int = 0
+    about: tuple[str, ...] = ()
 
 
 def make_clip(rng: np.random.Generator, frames: tuple[int, int] = (4, 12), fps: Fraction | None = None) -> Clip:

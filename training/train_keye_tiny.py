@@ -10,7 +10,7 @@ Stages, each one run of `Trainer` that can be resumed from `DIR/<stage>`:
   far      ... of which more are very long
   warmup   the indexer learns where that attention goes, which is still dense; everything else is frozen
   sparse   the decoder learns on under the indexer's selection, and the indexer with it
-  settle   ... with fewer shapes, mostly comparing
+  settle   ... among more empty frames, with questions that have nothing in common
 Embeddings of the words in transcripts stay as initialised, so that `frames` and the two stages after it do not depend
 on each other: with `--only` they can run side by side, with the same result.
 Accuracy per kind of question is printed on clips never seen before, because no clip is drawn twice. `--start` begins
@@ -45,7 +45,7 @@ from .data import (
     patches,
     transcript,
 )
-from .indexer_training import IndexerTrainerMixin, set_topk
+from .indexer_training import IndexerTrainerMixin, decoder_of, set_topk
 from .synthetic_videos import COLOURS, NOTHING, SHAPES, Clip, render
 from .tokenizer import build_tokenizer
 
@@ -63,7 +63,8 @@ class Stage:
 
     `mixtures` take turns; there is none for the stage that trains the vision tower on single frames. `decay` is the
     last share of the steps, in which the learning rate falls. `indexer` is the stage of the indexer's loss, None where
-    the indexer does not learn and attention is dense: in "warmup" nothing but the indexer does.
+    the indexer does not learn and attention is dense: in "warmup" nothing but the indexer does. With `dense_every` n,
+    one batch in n attends to all tokens, so that the decoder does not unlearn that.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Stage:
     mixtures: tuple[Mixture | LongMixture, ...] = ()
     decay: float = 0.25
     indexer: str | None = None
+    dense_every: int | None = None
 
     def trains(self, name: str) -> bool:
         """Whether the parameter of this name learns."""
@@ -93,13 +95,13 @@ FAR = ("identity", "identity", "change", "check", "first", "last", "earlier", "c
 SHORT_CLIPS = Mixture(16, (3, 12), SEEN, words=0.9, drills=0.1)
 FEW = LongMixture(20, (16, 20_000), (3, 6), (1, 3), COMPARED, words=0.9)
 MANY = LongMixture(16, (16, 20_000), (4, 20), (2, 16), FAR, words=0.9)
-# Times of many thousand seconds are rare among octaves, and half of what is left to learn is told from them.
-FAR_FEW = replace(FEW, even=0.7)
+# Times of many thousand seconds are rare among octaves, and half of what is left to learn is told from them. Fewer
+# questions per clip: what an earlier answer says need not be looked up again.
+FAR_FEW = replace(FEW, clips=32, questions=4, even=0.7)
 FAR_MANY = replace(MANY, shown=(4, 24), kinds=(*COMPARED, "first", "last", "count", "what"), even=0.7)
-# Prompts longer than the budget, so that the indexer has something to leave out.
-CROWD = LongMixture(12, (200, 20_000), (6, 40), (20, 120), FAR_MANY.kinds, words=0.8, even=0.7)
-# Fewer shapes in as many frames, and mostly the questions that compare.
-SPARSE_CROWD = LongMixture(32, (64, 20_000), (4, 12), (10, 120), COMPARED, words=0.8, even=0.7)
+# Among many empty frames; most of these prompts are longer than the budget, so that there is something to leave out.
+FAR_CROWD = LongMixture(32, (64, 20_000), (4, 20), (10, 120), (*COMPARED, "what"), questions=4, words=0.85, even=0.7)
+CROWD = replace(FAR_CROWD, frames=(320, 20_000), shown=(6, 24), empty=(60, 300), questions=6, words=0.9, apart=True)
 
 STAGES = (
     Stage("frames", 2400, 1.5e-3, VISION),
@@ -107,10 +109,28 @@ STAGES = (
     Stage("words", 1100, 3e-3, DECODER, (Mixture(24, (2, 12), TOLD, words=1.0, drills=0.5),), decay=0.2),
     Stage("videos", 1500, 1.5e-3, DECODER, (Mixture(24, (3, 12), SEEN, words=0.5, drills=0.1),), decay=0.6),
     Stage("long", 1700, 2e-3, DECODER, (FEW, MANY, FEW, MANY, SHORT_CLIPS), decay=0.4),
-    Stage("far", 1500, 2e-3, DECODER, (FAR_FEW, FAR_MANY, FAR_FEW, FAR_MANY, SHORT_CLIPS), decay=0.5),
-    Stage("warmup", 200, 2e-3, DECODER, (CROWD,), decay=0.5, indexer="warmup"),
-    Stage("sparse", 300, 1e-3, DECODER, (CROWD, FAR_MANY, CROWD, SHORT_CLIPS), decay=0.7, indexer="adaptation"),
-    Stage("settle", 600, 1.5e-3, DECODER, (SPARSE_CROWD, FAR_FEW, SHORT_CLIPS), decay=0.7, indexer="adaptation"),
+    Stage("far", 1200, 2e-3, DECODER, (FAR_FEW, FAR_CROWD, FAR_FEW, FAR_MANY, SHORT_CLIPS), decay=0.5),
+    Stage("warmup", 200, 2e-3, DECODER, (FAR_CROWD,), decay=0.5, indexer="warmup"),
+    Stage(
+        "sparse",
+        1000,
+        1.5e-3,
+        DECODER,
+        (replace(FAR_CROWD, empty=(20, 300)), FAR_FEW, SHORT_CLIPS),
+        decay=0.7,
+        indexer="adaptation",
+        dense_every=4,
+    ),
+    Stage(
+        "settle",
+        500,
+        1e-3,
+        DECODER,
+        (CROWD, CROWD, replace(FAR_FEW, apart=True), SHORT_CLIPS),
+        decay=0.8,
+        indexer="adaptation",
+        dense_every=5,
+    ),
 )
 FRAME_CLIPS = 24
 WARMUP_STEPS = 100
@@ -147,7 +167,19 @@ class AnswerTrainer(Trainer):
 
 
 class IndexerAnswerTrainer(IndexerTrainerMixin, AnswerTrainer):
-    """... and with the indexer's loss and the share of attention that its selection catches."""
+    """... and with the indexer's loss and the share of attention that its selection catches.
+
+    One batch in `dense_every` attends to all tokens, none without it; the others select as many as the model did.
+    """
+
+    def __init__(self, *args, dense_every: int | None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.dense_every, self.budget = dense_every, decoder_of(self.model).config.index_topk
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        dense = self.dense_every is not None and self.state.global_step % self.dense_every == 0
+        set_topk(self.model, DENSE if dense else self.budget)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 class FrameReader(nn.Module):
@@ -289,8 +321,11 @@ def train_stage(model: KeyeForVideoQA, encoder: ConversationEncoder, stage: Stag
         trainer = FrameTrainer(model=reader, train_dataset=dataset, data_collator=frame_collator(), **options)
     else:
         dataset = Turns(stage.mixtures, seed)
-        trainer_class = AnswerTrainer if stage.indexer is None else IndexerAnswerTrainer
-        trainer = trainer_class(model=model, train_dataset=dataset, data_collator=answer_collator(encoder), **options)
+        options |= {"train_dataset": dataset, "data_collator": answer_collator(encoder)}
+        if stage.indexer is None:
+            trainer = AnswerTrainer(model=model, **options)
+        else:
+            trainer = IndexerAnswerTrainer(model=model, dense_every=stage.dense_every, **options)
     print(json.dumps({"stage": stage.name, "steps": stage.steps}), flush=True)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)

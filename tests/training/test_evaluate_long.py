@@ -14,7 +14,7 @@ from modeling_keye import KeyeConfig, KeyeForVideoQA
 from training import evaluate, evaluate_long, score_plot, video_memory
 from training.evaluate_long import open_record, scores, tables
 from training.long_plan import LongPlan, held_out_long
-from training.long_videos import make_long_clip, make_long_questions
+from training.long_videos import LongQuestions, make_long_clip, make_long_questions
 from training.score_tables import interval
 from training.ship_keye_tiny import build_processor, generation_config
 from training.synthetic_videos import write_video
@@ -160,6 +160,15 @@ def test_clips_are_fixed_and_questions_stand_at_the_asked_distances():
     assert {plan.group(question) for question in asked if question.kind == "identity"} == {"50", "1,900"}
     assert plan.group(SimpleNamespace(kind="what", distance=1500)) == "1,024–2,047"
     assert plan.group(SimpleNamespace(kind="what", distance=0)) == "0–1"
+
+
+def test_no_pair_is_asked_about_twice_before_all_were_asked_about():
+    plan = LongPlan(frames=(2000,), clips=1, shown=13, distances=(1900,), questions=9, kinds=("identity",), seed=4)
+    ((clip, questions),) = held_out_long(plan, 2000)
+    pairs = LongQuestions(clip, np.random.default_rng(0)).pairs(1900)
+    assert len(pairs) == 6 and len(questions) == 9
+    assert len({question.about for question in questions}) == 6
+    assert len({question.about for question in questions[:6]}) == 6
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,8 @@ def test_every_stage_runs_resumes_and_trains_its_part_only(tmp_path, encoder):
     assert found["indexer: KL"][0] == [2] and found["indexer: KL"][1][0] > 0
     plot_curves(tmp_path, tmp_path / "curves.svg")
     assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
+    with pytest.raises(FileNotFoundError, match="holds none of the stages long, far"):
+        plot_curves(tmp_path / "nowhere", tmp_path / "none.svg")
     with pytest.raises(FileNotFoundError, match="nowhere holds no checkpoint"):
         stage_log(tmp_path / "nowhere")
 
