@@ -54,8 +54,7 @@ class LongMixture:
     """What the condensed long clips of a stage look like.
 
     Clips of `frames` frames with `shown` shapes in them, of whose other frames `empty` are kept; `words` is the share
-    of clips shown in words, `even` that of clips whose number of frames is drawn evenly, not by octaves. `apart`: the
-    questions about a clip name different times and shapes.
+    of clips shown in words, `even` that of clips whose number of frames is drawn evenly, not by octaves.
     """
 
     clips: int
@@ -66,7 +65,6 @@ class LongMixture:
     questions: int = 8
     words: float = 0.0
     even: float = 0.0
-    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -242,7 +240,7 @@ class LongBatches(IterableDataset):
         clip = make_long_clip(rng, frames, shown)
         kept = {index for index, thing in enumerate(clip.things) if thing}
         kept.update(int(index) for index in rng.integers(0, frames, empty))
-        questions = make_long_questions(clip, rng, mixture.questions, mixture.kinds, mixture.apart)
+        questions = make_long_questions(clip, rng, mixture.questions, mixture.kinds)
         return Example(clip, questions, bool(rng.random() < mixture.words), kept=tuple(sorted(kept)))
 
 

@@ -28,8 +28,6 @@ from .synthetic_videos import (
 )
 
 MAX_FRAMES = 20_000
-# How often a question is drawn again that names what another one named.
-APART_TRIES = 10
 # identity: is it the same one? The answer names the earlier shape and the later one, then says yes or no: "red star
 # blue star no". change: what was it, what did it become? check: is it this one? first, last: when? earlier: which?
 LONG_KINDS = ("identity", "change", "check", "first", "last", "earlier", "count", "what", "colour")
@@ -232,23 +230,15 @@ class LongQuestions:
 
 
 def make_long_questions(
-    clip: Clip, rng: np.random.Generator, number: int, kinds: tuple[str, ...] = LONG_KINDS, apart: bool = False
+    clip: Clip, rng: np.random.Generator, number: int, kinds: tuple[str, ...] = LONG_KINDS
 ) -> list[Question]:
-    """Up to `number` questions, kinds in the shares of `kinds` as far as the clip allows.
-
-    `apart`: no two of them name the same time or shape, so that no answer can be copied from an earlier one.
-    """
+    """Up to `number` questions, kinds in the shares of `kinds` as far as the clip allows."""
     ask = LongQuestions(clip, rng)
     questions: list[Question] = []
-    named: set[str] = set()
     for kind in _shares(rng, number, kinds):
-        for _ in range(APART_TRIES if apart else 1):
-            question = ask.ask(kind)
-            if question is None or question in questions or (apart and not named.isdisjoint(question.about)):
-                continue
+        question = ask.ask(kind)
+        if question is not None and question not in questions:
             questions.append(question)
-            named.update(question.about)
-            break
     return questions
 
 

@@ -10,7 +10,6 @@ Stages, each one run of `Trainer` that can be resumed from `DIR/<stage>`:
   far      ... of which more are very long
   warmup   the indexer learns where that attention goes, which is still dense; everything else is frozen
   sparse   the decoder learns on under the indexer's selection, and the indexer with it
-  settle   ... among more empty frames, with questions that have nothing in common
 Embeddings of the words in transcripts stay as initialised, so that `frames` and the two stages after it do not depend
 on each other: with `--only` they can run side by side, with the same result.
 Accuracy per kind of question is printed on clips never seen before, because no clip is drawn twice. `--start` begins
@@ -101,7 +100,6 @@ FAR_FEW = replace(FEW, clips=32, questions=4, even=0.7)
 FAR_MANY = replace(MANY, shown=(4, 24), kinds=(*COMPARED, "first", "last", "count", "what"), even=0.7)
 # Among many empty frames; most of these prompts are longer than the budget, so that there is something to leave out.
 FAR_CROWD = LongMixture(32, (64, 20_000), (4, 20), (10, 120), (*COMPARED, "what"), questions=4, words=0.85, even=0.7)
-CROWD = replace(FAR_CROWD, frames=(320, 20_000), shown=(6, 24), empty=(60, 300), questions=6, words=0.9, apart=True)
 
 STAGES = (
     Stage("frames", 2400, 1.5e-3, VISION),
@@ -120,16 +118,6 @@ STAGES = (
         decay=0.7,
         indexer="adaptation",
         dense_every=4,
-    ),
-    Stage(
-        "settle",
-        500,
-        1e-3,
-        DECODER,
-        (CROWD, CROWD, replace(FAR_FEW, apart=True), SHORT_CLIPS),
-        decay=0.8,
-        indexer="adaptation",
-        dense_every=5,
     ),
 )
 FRAME_CLIPS = 24

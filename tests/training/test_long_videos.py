@@ -96,19 +96,6 @@ def test_kinds_that_a_clip_has_no_question_for_are_left_out():
     assert len(asked) == len(set(asked)) < 40
 
 
-def test_questions_apart_name_nothing_twice():
-    rng = np.random.default_rng(6)
-    asked = []
-    for _ in range(20):
-        questions = make_long_questions(
-            make_long_clip(rng, 400, 20), rng, 6, ("identity", "change", "what"), apart=True
-        )
-        named = [name for question in questions for name in question.about]
-        assert len(named) == len(set(named)) and all(question.about for question in questions)
-        asked.append(len(questions))
-    assert sum(asked) > 100
-
-
 def test_plans_and_questions_are_functions_of_the_seed():
     first, again = (make_long_clip(np.random.default_rng(9), 500, 12) for _ in range(2))
     assert first == again != make_long_clip(np.random.default_rng(10), 500, 12)
