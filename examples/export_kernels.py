@@ -32,9 +32,10 @@ Shapes: B batch, S queries, T keys, H query heads, G key/value heads, D head siz
 first columns, which are the values, K selected keys, Hi and Di heads and head size of the indexer.
 
 select_tokens(q [B, S, Hi, Di], k [B, T, Di], weights [B, S, Hi], *, topk, local_window, anchor_stride, batch_size,
-    num_queries, query_offset, key_mask, width, device) -> int32 [B, S, width]: the `topk` keys of the largest
-    sum_j weights_j relu(q_j . k) among those that query `query_offset + i` sees, beside its window and anchors (None:
-    off); ascending, unique, ties to the lowest position, -1 at the end.
+    num_queries, query_offset, key_mask, width, device, slot=None) -> int32 [B, S, width]: the `topk` keys of the
+    largest sum_j weights_j relu(q_j . k) among those that query `query_offset + i` sees, beside its window and anchors
+    (None: off); ascending, unique, ties to the lowest position, -1 at the end. With `slot`, int64 [] on the device,
+    query i stands at `slot + i`, at most at `query_offset + i`.
 sparse_mla(q [B, S, H, W], kv [B, T, W], indices, scaling, value_dim) -> out [B, S, H, C], lse [B, S, H]
 sparse_gqa(q [B, S, H, D], k [B, G, T, D], v [B, G, T, E], indices, scaling) -> out [B, S, H, E], lse [B, S, H]
     A query without keys gives 0 and -inf. Gradients reach everything but indices. Lists hold no duplicates.

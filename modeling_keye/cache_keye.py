@@ -12,6 +12,8 @@ import torch
 from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer
 
 _MIN_SPARE_TOKENS = 256
+# Queries of a decoding step, drafts of speculative decoding among them; more are a prefill.
+_LONGEST_STEP = 16
 
 
 class _Buffer:
@@ -98,6 +100,23 @@ class KeyeCacheLayer(DynamicIndexedLayer):
 
     def get_seq_length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[-2]
+
+
+def cached_length(cache: Cache | None, num_queries: int) -> int | torch.Tensor:
+    """How many tokens the cache holds, which is the slot of the next one.
+
+    An int, but for a step of a few queries over a static cache in use, without gradients, that is being compiled or
+    captured in a CUDA graph: there an int64 tensor [], so that the graph holds for every slot. It is a copy: the cache
+    counts on in place.
+    """
+    length = 0 if cache is None else cache.get_seq_length()
+    if not isinstance(length, torch.Tensor):
+        return length
+    if num_queries > _LONGEST_STEP or torch.is_grad_enabled():
+        return int(length)
+    if torch.compiler.is_compiling() or (length.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return length.clone()
+    return int(length)
 
 
 def adopt_growing_layers(cache: Cache, num_layers: int, expected_tokens: int) -> None:

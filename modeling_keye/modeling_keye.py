@@ -23,7 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_keye import ATTENTIONS, KeyeAttention, KeyeIndexerRotaryEmbedding, KeyeRMSNorm, KeyeRotaryEmbedding
-from .cache_keye import adopt_growing_layers
+from .cache_keye import adopt_growing_layers, cached_length
 from .configuration_keye import KeyeConfig, KeyeTextConfig, KeyeVisionConfig
 from .generation_keye import KeyeGenerationMixin
 from .indexer_objective_keye import LossScale, attach_objective, follow_loss, labelled_share
@@ -358,10 +358,16 @@ class KeyeTextModel(KeyePreTrainedModel):
         keep_cache = use_cache
         if past_key_values is None and (use_cache or chunk < num_queries):
             past_key_values = DynamicCache(config=self.config)
-        offset = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        if past_key_values is not None:
+        offset = cached_length(past_key_values, num_queries)
+        if self.config._attn_implementation == "eager":
+            offset = int(offset)
+        at_slot = isinstance(offset, torch.Tensor)
+        if past_key_values is not None and not at_slot:
             adopt_growing_layers(past_key_values, self.config.num_hidden_layers, offset + num_queries)
-        mask, first_slot = self._prepare_mask(attention_mask, batch, offset + num_queries)
+        if at_slot:
+            mask, first_slot = self._whole_mask(attention_mask, batch, past_key_values.layers[0].max_cache_len), 0
+        else:
+            mask, first_slot = self._prepare_mask(attention_mask, batch, offset + num_queries)
         if bounds is not None:
             if mask is not None:
                 raise ValueError(
@@ -381,7 +387,7 @@ class KeyeTextModel(KeyePreTrainedModel):
                 inputs_embeds[:, begin:end],
                 objective,
                 position_ids[..., begin:end],
-                mask if mask is None or mask.dim() == 4 else mask[:, : offset + end],
+                mask if mask is None or mask.dim() == 4 or at_slot else mask[:, : offset + end],
                 past_key_values,
                 offset + begin,
                 first_slot,
@@ -475,12 +481,29 @@ class KeyeTextModel(KeyePreTrainedModel):
             return None, 0
         return mask, int(mask.any(dim=0).to(torch.uint8).argmax())
 
+    def _whole_mask(self, attention_mask, batch: int, room: int) -> torch.Tensor | None:
+        """Bool [B, room] over a static cache, for a step that reads no value of it; None when there is none.
+
+        What lies behind the given mask is real: the step's own tokens, and slots that no query sees.
+        """
+        if isinstance(attention_mask, dict):
+            attention_mask = next(iter(attention_mask.values()))
+        if attention_mask is None:
+            return None
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
+            raise ValueError(
+                f"A compiled step takes the padding mask [{batch}, tokens], not one of {tuple(attention_mask.shape)}."
+            )
+        mask = attention_mask[:, :room].bool()
+        return nn.functional.pad(mask, (0, room - mask.shape[1]), value=True)
+
     def _prepare_positions(self, position_ids, mask, batch, offset, num_queries, device) -> torch.Tensor:
         if position_ids is None:
+            slots = torch.arange(num_queries, device=device) + offset
             if mask is not None and mask.dim() == 2:
-                position_ids = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, offset:]
+                position_ids = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, slots.to(mask.device)]
             else:
-                position_ids = torch.arange(offset, offset + num_queries, device=device).expand(batch, -1)
+                position_ids = slots.expand(batch, -1)
         if position_ids.shape[-1] != num_queries:
             raise ValueError(
                 f"`position_ids` {tuple(position_ids.shape)} must describe the {num_queries} tokens of this call, not "
@@ -611,10 +634,11 @@ class KeyeModel(KeyePreTrainedModel):
                 inputs_embeds = self._insert(input_ids, inputs_embeds, modality, output)
 
         three_axes = self.config.text_config.mrope_section is not None
-        past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        if past_length == 0 and input_ids is not None:
-            self._refuse_lone_placeholders(input_ids, features)
         shape = inputs_embeds.shape[:2]
+        past_length = cached_length(past_key_values, shape[1])
+        at_slot = isinstance(past_length, torch.Tensor)
+        if not at_slot and past_length == 0 and input_ids is not None:
+            self._refuse_lone_placeholders(input_ids, features)
         bounds = packed_bounds(cu_seq_lens_q, position_ids, attention_mask, past_key_values, *shape)
         if bounds is not None and use_cache:
             raise ValueError(
@@ -644,7 +668,8 @@ class KeyeModel(KeyePreTrainedModel):
         if three_axes and position_ids is not None and position_ids.dim() == 3 and bounds is None:
             seen = past_length + inputs_embeds.shape[1]
             outputs.rope_deltas = position_ids[-3:].amax(dim=(0, 2)).unsqueeze(1) + 1 - seen
-            if outputs.past_key_values is not None:
+            # A step in a graph goes on where the prefill said, and what it returns lives in the graph's own memory.
+            if outputs.past_key_values is not None and not at_slot:
                 # Where a later turn goes on belongs to what it goes on from.
                 outputs.past_key_values.rope_deltas = outputs.rope_deltas
         return outputs
@@ -699,16 +724,19 @@ class KeyeModel(KeyePreTrainedModel):
         `input_ids` are those tokens alone; the grids describe the media among them. `attention_mask` covers the cache
         as well. The cache remembers from which position its text goes on.
         """
-        past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        deltas = getattr(past_key_values, "rope_deltas", None) if past_length else None
-        if input_ids is not None and (image_grid_thw is not None or video_grid_thw is not None):
+        past_length = cached_length(past_key_values, num_tokens)
+        has_media = input_ids is not None and (image_grid_thw is not None or video_grid_thw is not None)
+        past_length = int(past_length) if has_media else past_length
+        at_slot = isinstance(past_length, torch.Tensor)
+        deltas = getattr(past_key_values, "rope_deltas", None) if at_slot or past_length else None
+        if has_media:
             mask = None if attention_mask is None else attention_mask[:, past_length:]
             positions, _ = self.get_rope_index(input_ids, image_grid_thw, video_grid_thw, mask, second_per_grid_ts)
         elif deltas is None:
             return None
         else:
             positions = torch.arange(num_tokens, device=deltas.device).expand(3, 1, -1)
-        if past_length:
+        if at_slot or past_length:
             positions = positions + past_length + (0 if deltas is None else deltas.to(positions.device))
         return positions
 

@@ -12,6 +12,9 @@ Shapes: B batch, S queries, T keys, H query heads, G key/value heads, D head siz
 W = C + R, K selected keys, Hi and Di heads and head size of the indexer. `query_offset` is the cache slot of the first
 query: query i stands at slot `query_offset + i` and sees slots up to its own. `key_mask` is bool [B, T], True at real
 tokens, or None when all are.
+
+The slot may also be an int64 tensor [] on the device of the inputs, for steps over a static cache: T is then the whole
+cache, whatever it holds behind the queries, and nothing waits for the device, so that one graph serves all positions.
 """
 
 from dataclasses import dataclass
@@ -200,10 +203,11 @@ def select_tokens(
     *,
     batch_size: int,
     num_queries: int,
-    query_offset: int = 0,
+    query_offset: int | torch.Tensor = 0,
     key_mask: torch.Tensor | None = None,
     device: torch.device | None = None,
     backend: str = "auto",
+    num_keys: int | None = None,
 ) -> torch.Tensor:
     """Cache slots that each query keeps.
 
@@ -211,14 +215,25 @@ def select_tokens(
         selection: the rule; with `topk` None the indexer arguments must be None.
         q: indexer queries [B, S, Hi, Di], k: indexer keys [B, T, Di], weights: gates [B, S, Hi] with every constant
             scale already inside. Any float dtype; scores are float32. No gradient flows through a selection.
+        query_offset: int, or int64 [] on the device of the inputs: at most T - S, which nobody checks.
+        num_keys: T, with a slot on the device only; may be left out where the indexer keys or the mask tell.
 
     Returns:
-        int32 [B, S, K]: slots, ascending, unique, -1 at the end for unused places, `K = selection.width(T)`. Slots
-        of padding never appear; a query without a visible key gets only -1.
+        int32 [B, S, K]: slots, ascending, unique, -1 at the end for unused places, `K = selection.width(T)`, where T is
+        `query_offset + S`, or the length of the static cache. Slots of padding never appear; a query without a visible
+        key gets only -1.
 
-    Raises `ValueError` for a dense rule, shapes that do not fit, or a backend that cannot run.
+    Raises `ValueError` for a dense rule, shapes that do not fit, a slot of another kind or on another device, or a
+    backend that cannot run.
     """
-    num_keys = query_offset + num_queries
+    slot = query_offset if isinstance(query_offset, torch.Tensor) else None
+    if slot is not None:
+        num_keys = _cache_length(slot, num_queries, num_keys, k, key_mask)
+        query_offset = num_keys - num_queries  # the last slot at which the queries can stand
+    elif num_keys is not None:
+        raise ValueError(f"`num_keys` is {num_keys}, but `query_offset` is {query_offset}, which tells already.")
+    else:
+        num_keys = query_offset + num_queries
     if selection.is_dense:
         raise ValueError("The selection rule is dense; call dense attention instead of selecting.")
     if (selection.topk is None) != (q is None):
@@ -238,6 +253,10 @@ def select_tokens(
                 f"`key_mask` {tuple(key_mask.shape)} must cover {batch_size} sequences of {num_keys} tokens."
             )
         key_mask = key_mask[:, :num_keys]
+    if slot is not None:
+        if q is not None and slot.device != device:
+            raise ValueError(f"The slot of the first query lies on {slot.device}, the indexer's inputs on {device}.")
+        device = slot.device
     dtypes = () if q is None else (q.dtype, k.dtype, weights.dtype)
     chosen = selection_backend(q, device, backend, *dtypes)
     select = _triton_select_tokens if chosen == "triton" else _torch_select_tokens
@@ -254,7 +273,21 @@ def select_tokens(
         key_mask=key_mask,
         width=selection.width(num_keys),
         device=device,
+        slot=slot,
     )
+
+
+def _cache_length(slot, num_queries: int, num_keys: int | None, k, key_mask) -> int:
+    """T of a static cache whose slot `slot` is a tensor."""
+    if slot.shape != () or slot.dtype != torch.int64:
+        raise ValueError(f"A slot on the device is int64 [], not {slot.dtype} {list(slot.shape)}.")
+    if num_keys is None:
+        if k is None and key_mask is None:
+            raise ValueError("With a slot on the device and neither indexer keys nor a mask, pass `num_keys`.")
+        num_keys = (key_mask if k is None else k).shape[1]
+    if num_keys < num_queries:
+        raise ValueError(f"{num_queries} queries do not fit a cache of {num_keys} slots.")
+    return num_keys
 
 
 def sparse_mla(
@@ -304,15 +337,18 @@ def dense_attention(
     v: torch.Tensor,
     *,
     scaling: float,
-    query_offset: int = 0,
+    query_offset: int | torch.Tensor = 0,
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention over all keys, for layers and queries that keep everything; linear memory.
 
     q [B, H, S, D], k [B, G, T, D], v [B, G, T, Dv] with Dv <= D -> [B, S, H, Dv]. A query that sees no real token
-    returns 0. FlashAttention is used where it is installed and takes the inputs.
+    returns 0. FlashAttention is used where it is installed and takes the inputs, with a slot on the device never. Keys
+    and values behind such a slot must be finite, as the zeros of an empty static cache are.
     """
-    version = flash_version(q.device, q.dtype, q.shape[-1]) if key_mask is None else None
+    version = None
+    if key_mask is None and not isinstance(query_offset, torch.Tensor):
+        version = flash_version(q.device, q.dtype, q.shape[-1])
     if version is not None:
         num_keys = query_offset + q.shape[2]
         return flash_causal(version, q, k[:, :, :num_keys], v[:, :, :num_keys], scaling)
@@ -325,7 +361,7 @@ def dense_latent_attention(
     *,
     scaling: float,
     value_dim: int,
-    query_offset: int = 0,
+    query_offset: int | torch.Tensor = 0,
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The absorbed twin of `dense_attention`: q [B, S, H, W], kv [B, T, W] -> [B, S, H, C], nothing expanded."""

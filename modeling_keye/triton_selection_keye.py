@@ -12,8 +12,10 @@ Scores follow eq. 1 of the DeepSeek-V3.2-Exp report. A chunk of queries takes tw
    still fit; a last pass emits slots in ascending order. Nothing is sorted, no atomics, so repeats are bit-equal.
 
 Where a query keeps everything it sees, and without an indexer, `_enumerate_kernel` writes the slots and nothing is
-scored. The arithmetic of a score depends on head sizes and dtype only, so chunks, batches and single tokens select
-alike. B batch, S queries, T keys, K selected keys; prefixes: i_ index, o_ offsets, b_ block.
+scored. In a static cache the kernels may read the slot of the first query from the device: grids and workspace are then
+those of the whole cache, and programs behind the last query have nothing to do. The arithmetic of a score depends on
+head sizes and dtype only, so chunks, batches and single tokens select alike. B batch, S queries, T keys, K selected
+keys; prefixes: i_ index, o_ offsets, b_ block.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ _VARYING = [
     *("num_queries", "num_blocks", "num_spans", "first_slot", "topk", "local_window", "anchor_stride", "width"),
     *("w_stride_b", "mask_stride_b", "out_stride_b", "out_stride_s"),
 ]
-_SLICES = ["weights_ptr", "mask_ptr", "start_ptr", "out_ptr"]
+_SLICES = ["weights_ptr", "mask_ptr", "start_ptr", "slot_ptr", "out_ptr"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def _score_kernel(
     weights_ptr,  # [batch, S, HEADS]
     mask_ptr,  # uint8 [batch, T], 1 at real tokens
     start_ptr,  # int32 [batch], the first real token
+    slot_ptr,  # int64 [], with HAS_SLOT what is added to `first_slot`
     scores_ptr,  # float32 [batch * num_queries, row_stride]
     peaks_ptr,  # float32 [batch * num_queries, row_stride // GROUP]
     num_queries,
@@ -127,6 +130,7 @@ def _score_kernel(
     GROUP: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_ANCHORS: tl.constexpr,
+    HAS_SLOT: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """One block of queries against one span of keys."""
@@ -134,6 +138,8 @@ def _score_kernel(
     i_block = tl.program_id(0) % num_blocks
     i_span = (tl.program_id(0) // num_blocks) % num_spans
     i_batch = (tl.program_id(0) // num_blocks // num_spans).to(tl.int64)
+    if HAS_SLOT:
+        first_slot += tl.load(slot_ptr).to(tl.int32)
     last_slot = first_slot + tl.minimum((i_block + 1) * BLOCK_QUERIES, num_queries) - 1
     begin = i_span * SPAN
     end = tl.minimum(begin + SPAN, last_slot + 1)
@@ -248,6 +254,7 @@ def _select_kernel(
     places_ptr,  # int32, scratch of the shape of scores
     mask_ptr,  # uint8 [batch, T], 1 at real tokens
     start_ptr,  # int32 [batch], the first real token
+    slot_ptr,  # int64 [], with HAS_SLOT what is added to `first_slot`
     out_ptr,  # int32 [batch, S, width]
     num_queries,
     first_slot,
@@ -264,12 +271,15 @@ def _select_kernel(
     DIGIT: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_ANCHORS: tl.constexpr,
+    HAS_SLOT: tl.constexpr,
 ):
     """The slots that one query keeps, out of its row of scores."""
     row = tl.program_id(0).to(tl.int64)
     i_batch = row // num_queries
     i_query = row % num_queries
     slot = first_slot + i_query.to(tl.int32)
+    if HAS_SLOT:
+        slot += tl.load(slot_ptr).to(tl.int32)
     start = 0
     if HAS_MASK:
         start = tl.load(start_ptr + i_batch)
@@ -337,6 +347,7 @@ def _select_kernel(
 def _enumerate_kernel(
     mask_ptr,  # uint8 [batch, T], 1 at real tokens
     start_ptr,  # int32 [batch]
+    slot_ptr,  # int64 [], with HAS_SLOT what is added to `first_slot`
     out_ptr,  # int32 [batch, S, width]
     num_queries,
     first_slot,
@@ -349,12 +360,15 @@ def _enumerate_kernel(
     TILE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_ANCHORS: tl.constexpr,
+    HAS_SLOT: tl.constexpr,
 ):
     """Anchors, then window of one query: ascending without any sorting. `local_window` -1 means no window."""
     row = tl.program_id(0).to(tl.int64)
     i_batch = row // num_queries
     i_query = row % num_queries
     slot = first_slot + i_query.to(tl.int32)
+    if HAS_SLOT:
+        slot += tl.load(slot_ptr).to(tl.int32)
     out_ptr += i_batch * out_stride_b + i_query * out_stride_s
     start = 0
     if HAS_MASK:
@@ -430,8 +444,13 @@ def select_tokens(
     key_mask: torch.Tensor | None,
     width: int,
     device: torch.device,
+    slot: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `sparse_attention_keye.select_tokens`. Never waits for the device; workspace as `SLAB_ELEMENTS` says."""
+    """See `sparse_attention_keye.select_tokens`. Never waits for the device; workspace as `SLAB_ELEMENTS` says.
+
+    `slot`, int64 [] on the device, is the slot of the first query where the host does not know it. `query_offset` is
+    then the greatest that it can be, the length of the cache less the queries.
+    """
     out = torch.empty(batch_size, num_queries, width, dtype=torch.int32, device=device)
     if out.numel() == 0:
         return out
@@ -443,12 +462,14 @@ def select_tokens(
     else:
         whole = _kept_whole(num_keys, topk, local_window, anchor_stride) - query_offset
         whole = min(max(whole, 0), num_queries)
+        if slot is not None and whole < num_queries:
+            whole = 0  # at lower slots more queries keep everything; their few scores are made all the same
         window, stride = num_keys, None
     with on_device(device):
         if whole:
-            _enumerate(out[:, :whole], mask, start, window, stride, query_offset)
+            _enumerate(out[:, :whole], mask, start, slot, window, stride, query_offset)
         if whole < num_queries:
-            _select(out, q, k, weights, mask, start, topk, local_window, anchor_stride, query_offset, whole)
+            _select(out, q, k, weights, mask, start, slot, topk, local_window, anchor_stride, query_offset, whole)
     return out
 
 
@@ -460,14 +481,15 @@ def _padding(key_mask: torch.Tensor | None, device: torch.device) -> tuple[torch
     return mask, mask.argmax(dim=1).to(torch.int32)
 
 
-def _enumerate(out, mask, start, local_window, anchor_stride, first_slot) -> None:
+def _enumerate(out, mask, start, slot, local_window, anchor_stride, query_offset) -> None:
     batch, num_queries, width = out.shape
     _enumerate_kernel[(batch * num_queries,)](
         mask,
         start,
+        slot,
         out,
         num_queries,
-        first_slot,
+        query_offset if slot is None else 0,
         -1 if local_window is None else local_window,
         anchor_stride or 1,
         width,
@@ -477,11 +499,14 @@ def _enumerate(out, mask, start, local_window, anchor_stride, first_slot) -> Non
         TILE=ENUMERATE_TILE,
         HAS_MASK=mask is not None,
         HAS_ANCHORS=anchor_stride is not None,
+        HAS_SLOT=slot is not None,
         num_warps=4,
     )
 
 
-def _select(out, q, k, weights, mask, start, topk, local_window, anchor_stride, query_offset, first_query) -> None:
+def _select(
+    out, q, k, weights, mask, start, slot, topk, local_window, anchor_stride, query_offset, first_query
+) -> None:
     """Scores and selects the queries from `first_query` on."""
     batch, num_queries, width = out.shape
     heads, dim = q.shape[2:]
@@ -498,20 +523,21 @@ def _select(out, q, k, weights, mask, start, topk, local_window, anchor_stride, 
     groups = torch.empty(size // GROUP, dtype=torch.int32, device=q.device)
     window, stride = -1 if local_window is None else local_window, anchor_stride or 1
     mask_stride = 0 if mask is None else mask.stride(0)
-    switches = {"HAS_MASK": mask is not None, "HAS_ANCHORS": anchor_stride is not None}
+    switches = {"HAS_MASK": mask is not None, "HAS_ANCHORS": anchor_stride is not None, "HAS_SLOT": slot is not None}
     for b, sequences, begin, count in chunks:
         part = slice(b, b + sequences), slice(begin, begin + count)
         chunk_mask, chunk_start = (None, None) if mask is None else (mask[part[0]], start[part[0]])
-        first_slot = query_offset + begin
-        row_stride = _row_stride(first_slot + count)
+        first_slot = begin if slot is not None else query_offset + begin
+        row_stride = _row_stride(query_offset + begin + count)
         num_blocks = triton.cdiv(count, tiles.queries)
-        num_spans = triton.cdiv(first_slot + count, SCORE_SPAN)
+        num_spans = triton.cdiv(query_offset + begin + count, SCORE_SPAN)
         _score_kernel[(num_blocks * num_spans * sequences,)](
             q[part],
             k[part[0]],
             weights[part],
             chunk_mask,
             chunk_start,
+            slot,
             scores,
             peaks,
             count,
@@ -545,6 +571,7 @@ def _select(out, q, k, weights, mask, start, topk, local_window, anchor_stride, 
             places,
             chunk_mask,
             chunk_start,
+            slot,
             out[part],
             count,
             first_slot,

@@ -1,12 +1,13 @@
 """Compiles the kernels of a model before it serves, so that no request waits for the compiler.
 
 Blocks are chosen by head sizes, dtype and shared memory alone; what remains are a few ways through the host code (split
-or whole lists, masks, long rows). Each step takes one of them with the smallest input that does.
+or whole lists, masks, long rows, a slot on the device). Each step takes one of them with the smallest input that does.
 """
 
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
 
@@ -57,9 +58,9 @@ def _steps(config, device, dtype, training) -> list[tuple[str, Callable[[], None
         selective = _selective_length(**rule)
         lengths |= {"short": selective, "long": max(selective, _SHORT_ROWS + 1)}
     for name, num_keys in lengths.items():
-        for padded in (False, True):
-            label = f"select, {name}{', padded' if padded else ''}"
-            steps.append((label, partial(_select, config, rule, num_keys, padded, device, dtype)))
+        for padded, at_slot in product((False, True), repeat=2):
+            label = f"select, {name}{', padded' if padded else ''}{', in a graph' if at_slot else ''}"
+            steps.append((label, partial(_select, config, rule, num_keys, padded, at_slot, device, dtype)))
     processors = multiprocessors(device)
     attend = {"mla": _attend_latent, "gqa": _attend_grouped}[config.attention_type]
     for name, batch, num_queries, places in (
@@ -80,7 +81,7 @@ def _selective_length(topk: int, local_window: int | None, anchor_stride: int | 
     return num_keys
 
 
-def _select(config, rule, num_keys, padded, device, dtype) -> None:
+def _select(config, rule, num_keys, padded, at_slot, device, dtype) -> None:
     heads, dim = config.index_n_heads, config.index_head_dim
     scored = rule["topk"] is not None
     mask = torch.ones(1, num_keys, dtype=torch.bool, device=device) if padded else None
@@ -95,6 +96,7 @@ def _select(config, rule, num_keys, padded, device, dtype) -> None:
         key_mask=mask,
         width=num_keys,
         device=device,
+        slot=torch.full((), num_keys - 2, device=device) if at_slot else None,
     )
 
 

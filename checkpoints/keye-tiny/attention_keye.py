@@ -224,7 +224,7 @@ class KeyeAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
         index_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        query_offset: int = 0,
+        query_offset: int | torch.Tensor = 0,
         first_slot: int = 0,
         output_indexer_selections: bool = False,
         with_objective: bool = False,
@@ -235,7 +235,8 @@ class KeyeAttention(nn.Module):
         Args:
             hidden_states: [B, S, hidden], the normalised layer input.
             attention_mask: bool [B, T] at real tokens, or None; for `eager` also bool [B, 1, S, T].
-            query_offset: cache slot of the first query. first_slot: lowest slot that holds a real token.
+            query_offset: cache slot of the first query; int64 [] in a step over a static cache whose slot the host does
+                not know, where T is the whole cache. first_slot: lowest slot that holds a real token.
             with_objective: compute the indexer's loss; in its warm-up stage attention is dense then.
             bounds: of the sequences of a packed row (`packing_keye`), which comes without mask and cache.
 
@@ -254,8 +255,10 @@ class KeyeAttention(nn.Module):
                 index = (index[0], past_key_values.update_indexer(index[1], self.layer_idx), index[2])
         if past_key_values is not None:
             states = past_key_values.update(*states, self.layer_idx)
-        num_keys = query_offset + hidden_states.shape[1]
-        states = tuple(state[:, :, :num_keys] for state in states)
+        at_slot = isinstance(query_offset, torch.Tensor)
+        if not at_slot:
+            num_keys = query_offset + hidden_states.shape[1]
+            states = tuple(state[:, :, :num_keys] for state in states)
         # With a graph for the indexer's loss, without one for the selection.
         learned = index if with_objective else None
         index = None if index is None else tuple(part.detach() for part in index)
@@ -265,6 +268,10 @@ class KeyeAttention(nn.Module):
             output, weights, selected, objective = self._eager(
                 queries, states, index, learned, attention_mask, query_offset, output_indexer_selections, bounds
             )
+        elif at_slot:
+            slot = query_offset.to(hidden_states.device)
+            output, selected = self._at_slot(queries, states, index, attention_mask, slot)
+            selected, objective = selected if output_indexer_selections else None, None
         else:
             self.backend_ran = "dense"  # until a query has to select
             attend = self._tiled if bounds is None else partial(attend_each, self._tiled, bounds)
@@ -317,7 +324,17 @@ class KeyeAttention(nn.Module):
             objective = torch.stack([loss.result().float(), recall.float()])
         return output, kept, objective
 
-    def _select(self, index, batch, begin, end, query_offset, key_mask, device):
+    def _at_slot(self, queries, states, index, key_mask, slot) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output and selected slots of a few queries over a whole static cache; nothing depends on where they stand."""
+        batch, num_queries = queries.shape[:2]
+        if self.selection.is_dense:
+            self.backend_ran = "dense"
+            return self.attend_dense(queries, states, slot, key_mask)[0], None
+        num_keys = states[0].shape[2]
+        selected = self._select(index, batch, 0, num_queries, slot, key_mask, queries.device, num_keys)
+        return self.attend_sparse(queries, states, selected)[0], selected
+
+    def _select(self, index, batch, begin, end, query_offset, key_mask, device, num_keys=None):
         q, k, gates = (
             (None, None, None) if index is None else (index[0][:, begin:end], index[1], index[2][:, begin:end])
         )
@@ -331,6 +348,7 @@ class KeyeAttention(nn.Module):
             query_offset=query_offset + begin,
             key_mask=key_mask,
             device=device,
+            num_keys=num_keys,
         )
 
     def _start_loss(self, queries, learned, query_offset, key_mask) -> IndexerLoss:

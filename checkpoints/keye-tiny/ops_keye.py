@@ -29,10 +29,11 @@ def _operator(name: str, schema: str):
 @_operator(
     "select_tokens",
     "(Tensor q, Tensor? k, Tensor? weights, Tensor? key_mask, SymInt? topk, SymInt? local_window, "
-    "SymInt? anchor_stride, SymInt batch_size, SymInt num_queries, SymInt query_offset, SymInt width) -> Tensor",
+    "SymInt? anchor_stride, SymInt batch_size, SymInt num_queries, SymInt query_offset, SymInt width, "
+    "Tensor? slot=None) -> Tensor",
 )
 def _select_tokens(
-    q, k, weights, key_mask, topk, local_window, anchor_stride, batch_size, num_queries, query_offset, width
+    q, k, weights, key_mask, topk, local_window, anchor_stride, batch_size, num_queries, query_offset, width, slot=None
 ):
     slots = _triton_select_tokens(
         None if topk is None else q,
@@ -47,12 +48,15 @@ def _select_tokens(
         key_mask=key_mask,
         width=_padded(width),
         device=q.device,
+        slot=slot,
     )
     return slots[..., :width]
 
 
 @_select_tokens.register_fake
-def _(q, k, weights, key_mask, topk, local_window, anchor_stride, batch_size, num_queries, query_offset, width):
+def _(
+    q, k, weights, key_mask, topk, local_window, anchor_stride, batch_size, num_queries, query_offset, width, slot=None
+):
     return q.new_empty(batch_size, num_queries, _padded(width), dtype=torch.int32)[..., :width]
 
 
@@ -74,12 +78,14 @@ def select_tokens(
     key_mask: torch.Tensor | None,
     width: int,
     device: torch.device,
+    slot: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `sparse_attention_keye.select_tokens`. Rows of the result lie a multiple of 16 elements apart."""
+    """See `sparse_attention_keye.select_tokens`, for `slot` `triton_selection_keye.select_tokens`. Rows of the result
+    lie a multiple of 16 elements apart."""
     if q is None:  # an operator finds its device by a tensor
         q = torch.empty(0, device=device)
     rule = (topk, local_window, anchor_stride)
-    return _select_tokens(q.detach(), k, weights, key_mask, *rule, batch_size, num_queries, query_offset, width)
+    return _select_tokens(q.detach(), k, weights, key_mask, *rule, batch_size, num_queries, query_offset, width, slot)
 
 
 @_operator("sparse_mla", "(Tensor q, Tensor kv, Tensor indices, float scaling, int value_dim) -> (Tensor, Tensor)")

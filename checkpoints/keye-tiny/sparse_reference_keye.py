@@ -106,11 +106,23 @@ def select_tokens(
     key_mask: torch.Tensor | None,
     width: int,
     device: torch.device,
+    slot: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `sparse_attention_keye.select_tokens`."""
-    out = torch.full((batch_size, num_queries, width), -1, dtype=torch.int32, device=device)
+    """See `sparse_attention_keye.select_tokens`, for `slot` `triton_selection_keye.select_tokens`."""
     num_keys = query_offset + num_queries
     block = min(num_queries, _QUERY_BLOCK)
+    if slot is not None:
+        rows = []
+        for b in range(batch_size):
+            mask = None if key_mask is None else key_mask[b, :num_keys].bool()
+            for begin in range(0, num_queries, block):
+                part = slice(begin, min(begin + block, num_queries))
+                slots = slot + torch.arange(part.start, part.stop, device=device)
+                index = None if topk is None else (q[b, part], k[b, :num_keys], weights[b, part])
+                kept = _kept_at(slots, index, mask, topk, local_window, anchor_stride, num_keys)
+                rows.append(_slot_lists(kept, width))
+        return torch.cat(rows).view(batch_size, num_queries, width)
+    out = torch.full((batch_size, num_queries, width), -1, dtype=torch.int32, device=device)
     if topk is not None:
         # One spare column, never a candidate: what is masked by position can point at it.
         score_buffer = torch.empty(block, num_keys + 1, dtype=torch.float32, device=device)
@@ -142,6 +154,56 @@ def select_tokens(
             kept = kept.to(torch.int32).sort(dim=-1).values[:, :width]
             out[b, begin:end, : kept.shape[1]] = kept.masked_fill_(kept == num_keys, -1)
     return out
+
+
+def _kept_at(
+    slots: torch.Tensor,
+    index: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    mask: torch.Tensor | None,
+    topk: int | None,
+    local_window: int | None,
+    anchor_stride: int | None,
+    num_keys: int,
+) -> torch.Tensor:
+    """Bool [n, T], what the queries of one sequence at `slots` [n] keep; nothing waits for the device.
+
+    index: queries [n, Hi, Di], keys [T, Di] and gates [n, Hi] of the indexer, or None. mask: bool [T] at real tokens.
+    """
+    keys, slots = torch.arange(num_keys, device=slots.device), slots[:, None]
+    visible, start = keys <= slots, 0
+    if mask is not None:
+        visible, start = visible & mask, mask.to(torch.uint8).argmax()
+    kept = torch.zeros_like(visible)
+    if local_window is not None:
+        kept = kept | (slots - keys <= local_window)
+    if anchor_stride is not None:
+        kept = kept | ((keys - start) % anchor_stride == 0)
+    kept = kept & visible
+    if topk is None:
+        return kept
+    chosen = visible & ~kept
+    if topk < num_keys:
+        q, k, weights = index
+        scores = torch.empty(q.shape[0], num_keys, dtype=torch.float32, device=q.device)
+        tile = min(num_keys, max(64, _SCORE_TILE_ELEMENTS // (q.shape[0] * q.shape[1])))
+        buffer = torch.empty(q.shape[0] * q.shape[1] * tile, dtype=torch.float32, device=q.device)
+        with torch.autocast(q.device.type, enabled=False):  # scores are float32 under any autocast
+            index_scores(q, k, weights, scores, buffer)
+        scores = scores.masked_fill(~chosen, -math.inf)
+        threshold = scores.topk(topk, dim=-1).values[:, -1:]
+        above, equal = scores > threshold, scores == threshold
+        room = topk - above.sum(dim=-1, keepdim=True)
+        chosen = chosen & (above | (equal & (equal.cumsum(dim=-1) <= room)))
+    return kept | chosen
+
+
+def _slot_lists(kept: torch.Tensor, width: int) -> torch.Tensor:
+    """The marked positions of each row of `kept` [n, T] in ascending order, -1 behind them: int32 [n, width]."""
+    slots = torch.arange(kept.shape[1], dtype=torch.int32, device=kept.device)
+    # What is not marked goes to a place of its own behind the list.
+    places = (kept.cumsum(dim=-1) - 1).masked_fill(~kept, width)
+    lists = torch.full((kept.shape[0], width + 1), -1, dtype=torch.int32, device=kept.device)
+    return lists.scatter(1, places, slots.expand_as(kept))[:, :width]
 
 
 class _SparseAttention(torch.autograd.Function):
@@ -222,11 +284,12 @@ def _gathered_attention(q, k, v, indices, scaling, value_dim) -> tuple[torch.Ten
 def _hide_unused(scores: torch.Tensor, picked: torch.Tensor) -> torch.Tensor | None:
     """Mask unused places of scores [n, h, K]; returns which rows have no key at all [n, 1], None if none does."""
     unused = picked < 0
-    if not bool(unused.any()):
+    traced = torch.compiler.is_compiling()  # a graph is the same for all values
+    if not traced and not bool(unused.any()):
         return None
     blind = unused.all(dim=-1, keepdim=True)
     scores.masked_fill_((unused & ~blind)[:, None, :], -math.inf)
-    return blind if bool(blind.any()) else None
+    return blind if traced or bool(blind.any()) else None
 
 
 class _Scratch:
@@ -296,7 +359,7 @@ def dense_attention(
     v: torch.Tensor,
     *,
     scaling: float,
-    query_offset: int,
+    query_offset: int | torch.Tensor,
     key_mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `sparse_attention_keye.dense_attention`."""
@@ -309,12 +372,13 @@ def dense_attention(
         # With a mask, grouped heads have no fused kernel there.
         k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
     attend = partial(torch.nn.functional.scaled_dot_product_attention, scale=scaling, enable_gqa=heads != k.shape[1])
-    masked = key_mask is not None and not bool(key_mask.all())
+    at_slot = isinstance(query_offset, torch.Tensor)
+    masked = at_slot or (key_mask is not None and not bool(key_mask.all()))
     if num_queries == num_keys and not masked:
         out = attend(q, k, v, is_causal=num_queries > 1)
         return out[..., :value_dim].transpose(1, 2)
 
-    def block(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int) -> torch.Tensor:
+    def block(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first) -> torch.Tensor:
         mask = _causal_mask(queries.shape[2], first, keys.shape[2], key_mask, q.device)[:, None]
         blind = ~mask.any(dim=-1, keepdim=True)
         out = attend(queries, keys, values, attn_mask=mask | blind)
@@ -323,7 +387,7 @@ def dense_attention(
     parts = []
     for begin in range(0, num_queries, _DENSE_QUERY_BLOCK):
         end = min(begin + _DENSE_QUERY_BLOCK, num_queries)
-        last = query_offset + end
+        last = num_keys if at_slot else query_offset + end
         parts.append(_recomputed(block, q[:, :, begin:end], k[:, :, :last], v[:, :, :last], query_offset + begin))
     return torch.cat(parts, dim=2)[..., :value_dim].transpose(1, 2)
 
@@ -334,14 +398,14 @@ def dense_latent_attention(
     *,
     scaling: float,
     value_dim: int,
-    query_offset: int,
+    query_offset: int | torch.Tensor,
     key_mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `sparse_attention_keye.dense_latent_attention`."""
     num_queries, heads = q.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
 
-    def block(queries: torch.Tensor, rows: torch.Tensor, first: int) -> torch.Tensor:
+    def block(queries: torch.Tensor, rows: torch.Tensor, first) -> torch.Tensor:
         count = queries.shape[1]
         visible = _causal_mask(count, first, rows.shape[1], key_mask, q.device).unsqueeze(2)  # [B or 1, n, 1, T]
         blind = ~visible.any(dim=-1, keepdim=True)
@@ -357,7 +421,8 @@ def dense_latent_attention(
     step = max(1, _SCORE_TILE_ELEMENTS // (heads * kv.shape[1]))
     for begin in range(0, num_queries, step):
         end = min(begin + step, num_queries)
-        parts.append(_recomputed(block, q[:, begin:end], kv[:, : query_offset + end], query_offset + begin))
+        last = kv.shape[1] if isinstance(query_offset, torch.Tensor) else query_offset + end
+        parts.append(_recomputed(block, q[:, begin:end], kv[:, :last], query_offset + begin))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -369,9 +434,13 @@ def _recomputed(block, *arguments):
 
 
 def _causal_mask(
-    num_queries: int, first: int, num_keys: int, key_mask: torch.Tensor | None, device: torch.device
+    num_queries: int,
+    first: int | torch.Tensor,
+    num_keys: int,
+    key_mask: torch.Tensor | None,
+    device: torch.device,
 ) -> torch.Tensor:
     """Bool [B, n, T] ([1, n, T] without padding): which keys the queries at slots `first`, `first + 1`, ... see."""
-    slots = torch.arange(first, first + num_queries, device=device)[:, None]
+    slots = (torch.arange(num_queries, device=device) + first)[:, None]
     visible = (torch.arange(num_keys, device=device) <= slots)[None]
     return visible if key_mask is None else visible & key_mask[:, None, :num_keys].bool()

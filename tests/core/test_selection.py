@@ -4,6 +4,8 @@ Queries, keys and gates are small integers where sets are compared exactly: then
 tie, and every tiling must give the same sets.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -328,6 +330,41 @@ def test_query_steps_of_the_layer_change_nothing(monkeypatch):
     torch.testing.assert_close(steps.logits, whole.logits, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize("rule", [*PARTS, Selection(topk=500, local_window=3)], ids=str)
+def test_a_slot_on_the_device_selects_the_same(rule, num_queries, padded):
+    """Whatever the static cache holds behind the queries, a tensor as `query_offset` selects what an int does."""
+    room = 140
+    index = integers(num_queries, room, batch=2)
+    mask = None
+    if padded:
+        mask = torch.ones(2, room, dtype=torch.bool)
+        mask[0, 50:55] = False
+        mask[1, :37] = False
+    for first_query in (0, 1, 8, 36, 37, 52, 80, room - num_queries):
+        num_keys = first_query + num_queries
+        expected = select(rule, index, num_keys, first_query, mask, batch=2)
+        q, k, weights = (x.clone() for x in index) if rule.topk is not None else (None, None, None)
+        if k is not None:
+            k[:, num_keys:] = math.nan
+        arguments = {"batch_size": 2, "num_queries": num_queries, "key_mask": mask, "num_keys": room}
+        found = select_tokens(rule, q, k, weights, **arguments, query_offset=torch.tensor(first_query))
+        assert found.dtype == torch.int32 and found.shape == (2, num_queries, rule.width(room))
+        assert as_lists(found.flatten(0, 1)) == as_lists(expected.flatten(0, 1)), f"at slot {first_query}"
+
+
+def test_the_length_of_a_static_cache_comes_from_what_is_given():
+    slot, arguments = torch.tensor(4), {"batch_size": 1, "num_queries": 1}
+    rule = Selection(local_window=2, anchor_stride=4)
+    mask = torch.ones(1, 20, dtype=torch.bool)
+    by_mask = select_tokens(rule, None, None, None, **arguments, query_offset=slot, key_mask=mask)
+    by_number = select_tokens(rule, None, None, None, **arguments, query_offset=slot, num_keys=20)
+    assert by_mask.tolist() == by_number.tolist() == [[[0, 2, 3, 4] + [-1] * (rule.width(20) - 4)]]
+    with pytest.raises(ValueError, match="pass `num_keys`"):
+        select_tokens(rule, None, None, None, **arguments, query_offset=slot)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -338,6 +375,13 @@ def test_query_steps_of_the_layer_change_nothing(monkeypatch):
         ({"batch_size": 2}, "do not fit"),
         ({"query_offset": 5}, "at offset 5"),
         ({"key_mask": torch.ones(1, 3, dtype=torch.bool)}, "must cover"),
+        ({"num_keys": 8}, "`num_keys` is 8, but `query_offset` is 0"),
+        ({"query_offset": torch.tensor([0])}, r"int64 \[\], not torch.int64 \[1\]"),
+        ({"query_offset": torch.tensor(0.0)}, r"not torch.float32 \[\]"),
+        ({"query_offset": torch.tensor(0, device="meta")}, "lies on meta, the indexer's inputs on cpu"),
+        ({"query_offset": torch.tensor(0), "num_keys": 7}, "8 queries do not fit a cache of 7 slots"),
+        ({"query_offset": torch.tensor(0), "num_keys": 9}, "at offset 1"),
+        ({"query_offset": torch.tensor(0), "key_mask": torch.ones(1, 3, dtype=torch.bool)}, "must cover"),
     ],
 )
 def test_refuses_what_does_not_fit(change, message):

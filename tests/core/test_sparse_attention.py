@@ -319,8 +319,8 @@ def padding(case: str, num_keys: int) -> torch.Tensor | None:
 DENSE_SHAPES = [(1, 1), (15, 15), (64, 64), (111, 111), (1, 129), (40, 111)]
 
 
-def run_dense(kind, inputs, num_keys, key_mask):
-    offset = num_keys - inputs[0].shape[1]
+def run_dense(kind, inputs, num_keys, key_mask, offset=None):
+    offset = num_keys - inputs[0].shape[1] if offset is None else offset
     options = {"scaling": SCALE, "query_offset": offset, "key_mask": key_mask}
     if kind == "mla":
         return dense_latent_attention(*inputs, value_dim=LATENT, **options)
@@ -336,6 +336,23 @@ def test_dense_equals_masked_maths(kind, case, num_queries, num_keys):
     out = run_dense(kind, inputs, num_keys, key_mask)
     expected, _ = run_judge(inputs, causal(num_queries, num_keys, key_mask))
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", ["none", "left", "holes", "empty"])
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_dense_at_a_slot_on_the_device(kind, case, num_queries):
+    """Over a whole static cache, with a tensor as `query_offset`: what an int gives for the keys up to the queries."""
+    room = 60
+    key_mask = padding(case, room)
+    inputs = make(kind, num_queries, room)
+    for offset in (0, 1, 20, 33, room - num_queries):
+        seen = offset + num_queries
+        # Keys are the last but one dimension in either layout.
+        cut = [inputs[0], *(x[..., :seen, :] for x in inputs[1:])]
+        expected = run_dense(kind, cut, seen, None if key_mask is None else key_mask[:, :seen])
+        found = run_dense(kind, inputs, room, key_mask, torch.tensor(offset))
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["mla", "gqa2"])

@@ -12,7 +12,14 @@ SHAPES = ["4x128", "16x64", "32x128", "64x128"]
 REGISTERS, WARP = 65536, 32
 
 
-def _launch(shape: str, dtype: torch.dtype, num_keys: int = 4144, num_queries: int = 48, masked: bool = True) -> None:
+def _launch(
+    shape: str,
+    dtype: torch.dtype,
+    num_keys: int = 4144,
+    num_queries: int = 48,
+    masked: bool = True,
+    at_slot: bool = False,
+) -> None:
     heads, dim = map(int, shape.split("x"))
     select_tokens(
         torch.zeros(1, num_queries, heads, dim, dtype=dtype),
@@ -27,6 +34,7 @@ def _launch(shape: str, dtype: torch.dtype, num_keys: int = 4144, num_queries: i
         key_mask=torch.ones(1, num_keys, dtype=torch.bool) if masked else None,
         width=2304,
         device=torch.device("cpu"),
+        slot=torch.tensor(0) if at_slot else None,
     )
 
 
@@ -64,10 +72,20 @@ def other_lengths() -> None:
     _launch("16x64", torch.bfloat16, num_keys=9999, num_queries=1)
 
 
+def steps() -> None:
+    """A decoding step whose slot is read on the device: in a long and in a short static cache, with and without a
+    mask, one that keeps everything, and a few queries at once."""
+    for shape in SHAPES:
+        _launch(shape, torch.bfloat16, num_keys=5001, num_queries=1, masked=False, at_slot=True)
+    for num_keys in (5001, 40000, 300):
+        _launch("16x64", torch.bfloat16, num_keys=num_keys, num_queries=1, at_slot=True)
+    _launch("16x64", torch.bfloat16, num_keys=9999, num_queries=5, at_slot=True)
+
+
 def enumerated() -> None:
     """A short prompt, which keeps everything, then window and anchors without an indexer."""
     _launch("16x64", torch.bfloat16, num_keys=300, num_queries=300)
-    for stride in (None, 64):
+    for stride, slot in ((None, None), (64, None), (64, torch.tensor(0))):
         select_tokens(
             *(None, None, None),
             topk=None,
@@ -79,11 +97,12 @@ def enumerated() -> None:
             key_mask=None,
             width=640,
             device=torch.device("cpu"),
+            slot=slot,
         )
 
 
 ALL = [f"bf16_{shape}" for shape in SHAPES]
-ALL += ["fp16_16x64", "fp32_16x64", "long_unpadded", "other_lengths", "enumerated"]
+ALL += ["fp16_16x64", "fp32_16x64", "long_unpadded", "other_lengths", "steps", "enumerated"]
 
 
 @pytest.mark.parametrize("arch", sorted(SHARED_LIMIT), ids=lambda arch: f"sm_{arch}")
@@ -113,3 +132,7 @@ def test_scores_run_on_tensor_cores_behind_asynchronous_copies(shape, arch):
 def test_lengths_and_strides_compile_nothing_new(arch):
     reports = compile_launches(MODULE, ALL, arch)
     assert set(map(str, reports["other_lengths"])) == set(map(str, reports["bf16_16x64"]))
+    masked = [
+        report for report in reports["steps"] if report.constants["HAS_MASK"] and report.kernel == "_score_kernel"
+    ]
+    assert len(masked) == 3 and len(set(map(str, masked))) == 1

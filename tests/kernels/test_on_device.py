@@ -69,6 +69,36 @@ def test_a_captured_graph_follows_its_inputs(num_queries, batch):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, masked()))
 
 
+@torch.no_grad()
+def test_a_captured_graph_follows_its_slot():
+    """One graph over a static cache, with window and anchors, at slots that change between its replays."""
+    index, grouped, latent = inputs(1)
+
+    def at(query_offset):
+        place = {"batch_size": 1, "num_queries": 1, "query_offset": query_offset}
+        indices = sparse_attention_keye.select_tokens(Selection(PLACES, 128, 64), *index, **place)
+        out, _ = sparse_attention_keye.sparse_gqa(*grouped, indices, SCALE)
+        other, _ = sparse_attention_keye.sparse_mla(*latent, indices, SCALE, 512)
+        return indices, out, other
+
+    slot = torch.tensor(KEYS - 1, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        at(slot)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = at(slot)
+    for position in (0, 100, 3000, KEYS - 1):
+        slot.fill_(position)
+        graph.replay()
+        found, wanted = [x.clone() for x in captured], at(position)
+        assert found[0][found[0] >= 0].tolist() == wanted[0][wanted[0] >= 0].tolist()
+        for ours, theirs in zip(found[1:], wanted[1:]):
+            assert float((ours.double() - theirs.double()).norm() / theirs.double().norm()) < 1e-2
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @torch.no_grad()
 def test_compiled_step_equals_eager(mode):

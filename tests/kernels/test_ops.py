@@ -90,6 +90,7 @@ def test_selection_is_a_correct_operator(topk, window, stride, padded, device):
     rule = Selection(topk, window, stride)
     arguments = (q, k, weights, mask, topk, window, stride, 1, 2, 18, rule.width(20))
     torch.library.opcheck(ops_keye._select_tokens, arguments)
+    torch.library.opcheck(ops_keye._select_tokens, (*arguments, torch.tensor(11, device=device)))
 
 
 def test_rows_of_a_selection_keep_one_alignment(device):
@@ -138,6 +139,31 @@ def test_one_graph_for_all_lengths(kind, device, graphs):
         for ours, theirs in zip(found, expected):
             torch.testing.assert_close(ours, theirs)
     assert len(found_graphs) == 2
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+@torch.no_grad()
+def test_one_graph_for_all_slots(kind, device, graphs):
+    """A decoding step over a static cache, with window and anchors, compiles once for every slot of its query."""
+    room, rule = 40, Selection(topk=3, local_window=1, anchor_stride=8)
+    inputs, _ = attention_inputs(kind, 1, room, device)
+    index = index_inputs(1, room, device)
+
+    def step(slot):
+        indices = sparse_attention_keye.select_tokens(
+            rule, *index, batch_size=1, num_queries=1, query_offset=slot, backend="triton"
+        )
+        return indices, PUBLIC[kind](*inputs, indices, *constants(kind), backend="triton")[0]
+
+    found_graphs, compiler = graphs
+    compiled = torch.compile(step, backend=compiler, fullgraph=True)
+    for slot in (0, 1, 5, 12, 13, 39):
+        indices, out = compiled(torch.tensor(slot, device=device))
+        expected_indices, expected = step(slot)
+        assert indices.shape[-1] == rule.width(room)
+        assert indices[indices >= 0].tolist() == expected_indices[expected_indices >= 0].tolist()
+        torch.testing.assert_close(out, expected)
+    assert len(found_graphs) == 1
 
 
 def test_static_buffers_longer_than_the_sequence(device):
@@ -257,9 +283,9 @@ def record_launches() -> None:
         seen.clear()
         warm_up_keye.warm_up(config, "cpu", torch.bfloat16, training=True)
         warm = set(seen)
-        for batch, num_queries, offset, padded in RUNS:
+        for batch, num_queries, offset, padded, at_slot in RUNS:
             seen.clear()
-            serve(config, batch, num_queries, offset, padded)
+            serve(config, batch, num_queries, offset, padded, at_slot)
             missing = seen - warm
             if missing:
                 answer[f"{name}: {batch} x {num_queries} at {offset}"] = sorted(missing)
@@ -267,21 +293,24 @@ def record_launches() -> None:
     print(json.dumps(answer))
 
 
-RUNS = [  # sequences, queries, cached tokens, padding
-    (1, 1, 5000, False),
-    (1, 1, 49999, False),
-    (3, 1, 2701, True),
-    (64, 1, 40001, False),
-    (200, 1, 3333, True),
-    (1, 512, 3000, False),
-    (1, 512, 60001, False),
-    (1, 100, 2999, True),
-    (2, 77, 33001, True),
-    (1, 2048, 4097, False),
+RUNS = [  # sequences, queries, cached tokens, padding, whether the slot is on the device
+    (1, 1, 5000, False, False),
+    (1, 1, 49999, False, False),
+    (3, 1, 2701, True, False),
+    (64, 1, 40001, False, False),
+    (200, 1, 3333, True, False),
+    (1, 512, 3000, False, False),
+    (1, 512, 60001, False, False),
+    (1, 100, 2999, True, False),
+    (2, 77, 33001, True, False),
+    (1, 2048, 4097, False, False),
+    (1, 1, 4999, False, True),
+    (3, 1, 41001, True, True),
+    (1, 5, 99, True, True),
 ]
 
 
-def serve(config, batch, num_queries, offset, padded) -> None:
+def serve(config, batch, num_queries, offset, padded, at_slot) -> None:
     """Selection and attention over slices of longer buffers, as the decoder calls them."""
     num_keys, room = offset + num_queries, offset + num_queries + 300
     topk = config.index_topk if config.indexer_type else None
@@ -306,6 +335,7 @@ def serve(config, batch, num_queries, offset, padded) -> None:
         key_mask=mask,
         width=rule.width(num_keys),
         device=torch.device("cpu"),
+        slot=torch.tensor([0, offset])[1] if at_slot else None,
     )
     heads, options = config.num_attention_heads, {"dtype": torch.bfloat16, "requires_grad": num_queries > 1}
     if config.attention_type == "mla":

@@ -234,6 +234,67 @@ def test_tilings_agree(tile, digit, span, row_multiple, device, monkeypatch):
     assert_equals_oracle(rule, index, num_keys, first_query, device)
 
 
+def select_at(slot: int, rule: Selection, index, key_mask=None) -> torch.Tensor:
+    """As `select`, over the whole of `index` as a static cache, with a slot that only the device knows."""
+    q, k, weights = index if rule.topk is not None else (None, None, None)
+    num_queries, room = index[0].shape[1], index[1].shape[1]
+    return triton_selection_keye.select_tokens(
+        q,
+        k,
+        weights,
+        topk=rule.topk,
+        local_window=rule.local_window,
+        anchor_stride=rule.anchor_stride,
+        batch_size=index[0].shape[0],
+        num_queries=num_queries,
+        query_offset=room - num_queries,
+        key_mask=key_mask,
+        width=rule.width(room),
+        device=index[0].device,
+        slot=torch.tensor(slot, device=index[0].device),
+    )
+
+
+def assert_slot_selects_the_same(rule, index, slots, device, mask=None) -> None:
+    """The lists of an int offset at each of the slots, whatever the cache holds behind the queries."""
+    num_queries, room = index[0].shape[1], index[1].shape[1]
+    for slot in slots:
+        num_keys = slot + num_queries
+        seen = None if mask is None else mask[:, :num_keys]
+        expected = select(sparse_reference_keye, rule, index, num_keys, slot, seen)
+        keys = index[1].clone()
+        keys[:, num_keys:] = math.nan
+        part = on(device, (index[0], keys, index[2]))
+        found = select_at(slot, rule, part, None if mask is None else mask.to(device)).cpu()
+        assert found.shape == (*expected.shape[:2], rule.width(room))
+        assert as_lists(found.flatten(0, 1)) == as_lists(expected.flatten(0, 1)), f"at slot {slot}"
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("rule", [*PARTS, Selection(topk=500, local_window=3)], ids=str)
+def test_a_slot_on_the_device_selects_the_same(rule, padded, device):
+    """At the start of the cache, where all is kept, at tile borders, among padding and at the last slot."""
+    room = 150
+    mask = None
+    if padded:
+        mask = torch.ones(2, room, dtype=torch.bool)
+        mask[0, 60:70] = False
+        mask[1, :37] = False
+    index = integers(1, room, batch=2, seed=3)
+    assert_slot_selects_the_same(rule, index, (0, 8, 15, 16, 36, 63, 64, 100, room - 1), device, mask)
+
+
+@pytest.mark.parametrize(("tile", "digit", "span", "slab"), [(64, 8, 64, 768), (256, 3, 1024, 7 * 2**20)])
+def test_tilings_agree_at_a_slot_on_the_device(tile, digit, span, slab, device, monkeypatch):
+    """Several queries, in chunks of two where the slab is small."""
+    monkeypatch.setattr(triton_selection_keye, "select_tile", lambda num_keys: (tile, 4))
+    monkeypatch.setattr(triton_selection_keye, "DIGIT", digit)
+    monkeypatch.setattr(triton_selection_keye, "SCORE_SPAN", span)
+    monkeypatch.setattr(triton_selection_keye, "SLAB_ELEMENTS", slab)
+    index = integers(3, 250, batch=2, seed=9)
+    assert_slot_selects_the_same(Selection(50, 5, 40), index, (0, 55, 128, 247), device)
+
+
 def test_every_score_a_survivor(device, monkeypatch):
     """More survivors than one tile holds: all scores equal, so no peak excludes a group."""
     monkeypatch.setattr(triton_selection_keye, "select_tile", lambda num_keys: (64, 4))
@@ -436,6 +497,15 @@ def test_device_decode_equals_prefill():
     assert torch.equal(select(triton_selection_keye, rule, (q, k, weights), num_keys, first_query), whole)
     last = select(triton_selection_keye, rule, (q[:, -1:], k, weights[:, -1:]), num_keys, num_keys - 1)
     assert torch.equal(last[0, 0], whole[0, -1])
+
+
+@pytest.mark.gpu
+def test_device_at_a_slot_on_the_device_equals_decode():
+    room, rule = 70001, Selection(topk=2048, local_window=512, anchor_stride=64)
+    index = on("cuda", normal(1, room, 16, 64, torch.bfloat16))
+    for slot in (0, 2500, 4095, 40000, room - 1):
+        expected = select(triton_selection_keye, rule, index, slot + 1, slot)
+        assert as_lists(select_at(slot, rule, index)[0].cpu()) == as_lists(expected[0].cpu())
 
 
 @pytest.mark.gpu
