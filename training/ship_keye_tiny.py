@@ -16,6 +16,7 @@ from modeling_keye import KeyeConfig, KeyeForVideoQA, KeyeImageProcessor, KeyePr
 
 from .evaluate import evaluate
 from .evaluate_long import tables
+from .long_plan import COMPARING
 from .long_videos import MAX_FRAMES
 from .synthetic_videos import FRAME_SIZE, TWO_WORD_KINDS
 from .tokenizer import CHAT_TEMPLATE, build_tokenizer
@@ -69,7 +70,8 @@ tags: [video-question-answering, sparse-attention]
 
 An instance of `KeyeForVideoQA` with {parameters:.1f} million parameters, trained from scratch on synthetic clips, so
 that everything in the repository runs offline in seconds. It knows coloured shapes and nothing else of the world.
-Its lightning indexer is trained: it answers questions about clips of thousands of frames through sparse attention.
+Its lightning indexer is trained: it answers questions about clips of hundreds of frames through sparse attention, and
+about half of those about clips of thousands.
 
 ```python
 from transformers import AutoModelForMultimodalLM, AutoProcessor
@@ -183,10 +185,13 @@ def long_section(record: dict) -> str:
     """The tables of one record of `training.evaluate --long --json`, with the command."""
     settings = record["settings"]
     options = ["--model checkpoints/keye-tiny --long"]
-    for name in ("frames", "clips", "shown", "distances", "questions", "kinds", "seed"):
-        value = settings[name]
+    modes = list(dict.fromkeys(reading["mode"] for reading in record["readings"]))
+    for name in ("frames", "clips", "shown", "distances", "questions", "kinds", "seed", "modes"):
+        value = modes if name == "modes" else settings[name]
         options.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
-    return f"```\npython -m training.evaluate {' '.join(options)}\n```\n\n{tables(record)}"
+    # Octaves of distance, which the command prints too, are more than a card needs.
+    rows = [row for row in record["accuracy"] if row["distance"] == "all" or row["kind"] in COMPARING]
+    return f"```\npython -m training.evaluate {' '.join(options)}\n```\n\n{tables({**record, 'accuracy': rows})}"
 
 
 def stage_table(stages: list[dict]) -> str:
@@ -196,6 +201,10 @@ def stage_table(stages: list[dict]) -> str:
         minutes = stage["seconds"] / 60
         lines.append(f"| {stage['name']} | {stage['steps']:,} | {minutes:.0f} | {stage['threads']} |")
     return "\n".join(lines)
+
+
+def _start_options(run: dict) -> str:
+    return f" --start {run['start']} \\\n    --only {' '.join(stage['name'] for stage in run['stages'])}"
 
 
 def write_card(
@@ -214,7 +223,7 @@ def write_card(
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         seed=run["seed"],
         scale="" if run["scale"] == 1 else f" --scale {run['scale']}",
-        start=f" --start {run['start']}" if run.get("start") else "",
+        start=_start_options(run) if run.get("start") else "",
         origin=EARLIER.format(start=run["start"]) if run.get("start") else "",
         stages=stage_table(run["stages"]),
         torch=run["torch"],
