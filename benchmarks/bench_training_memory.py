@@ -31,7 +31,7 @@ from modeling_keye import KeyeConfig, KeyeForVideoQA
 from training.indexer_training import freeze_all_but_indexer
 
 STAGES = ("adaptation", "warmup")
-# What medians of the same measurement differ by, as an exponent.
+# How far above 1 an exponent still counts as linear: a peak holds pages of the allocator, too.
 NOISE = 0.02
 # The first step also loads code and starts threads.
 WARM_UP_TOKENS = 512

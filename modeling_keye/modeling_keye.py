@@ -364,6 +364,8 @@ class KeyeTextModel(KeyePreTrainedModel):
         at_slot = isinstance(offset, torch.Tensor)
         if past_key_values is not None and not at_slot:
             adopt_growing_layers(past_key_values, self.config.num_hidden_layers, offset + num_queries)
+        if isinstance(attention_mask, dict):
+            attention_mask = next(iter(attention_mask.values()))
         if at_slot:
             mask, first_slot = self._whole_mask(attention_mask, batch, past_key_values.layers[0].max_cache_len), 0
         else:
@@ -459,8 +461,6 @@ class KeyeTextModel(KeyePreTrainedModel):
 
     def _prepare_mask(self, attention_mask, batch: int, num_keys: int) -> tuple[torch.Tensor | None, int]:
         """Bool mask, None when nothing is masked, and the first slot that any sequence uses."""
-        if isinstance(attention_mask, dict):
-            attention_mask = next(iter(attention_mask.values()))
         if attention_mask is None:
             return None, 0
         if attention_mask.dim() == 4:
@@ -486,8 +486,6 @@ class KeyeTextModel(KeyePreTrainedModel):
 
         What lies behind the given mask is real: the step's own tokens, and slots that no query sees.
         """
-        if isinstance(attention_mask, dict):
-            attention_mask = next(iter(attention_mask.values()))
         if attention_mask is None:
             return None
         if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
