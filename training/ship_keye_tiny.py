@@ -109,7 +109,8 @@ In clips of up to 20,000 frames, where single shapes are far apart, it also comp
 | change | How did the shape change from 60.0 seconds to 9960.0 seconds? | red star to blue star |
 | check | Is the shape at 60.0 seconds a red star? | yes |
 
-The generator knows four more kinds for long clips: `first` and `last` were not learned, `earlier` and `count` not scored.
+The generator knows four more kinds for long clips: `first` and `last` were not learned, `earlier` and `count` not
+scored.
 
 Empty frames do not count in "right before" and "right after". It was also taught answers of two words ("What is shown
 at 3.0 seconds?": "green star"), which it answers less reliably: see the second table.
