@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast
 
-from .long_videos import LONG_KINDS, log_uniform, make_long_clip, make_long_questions
+from .long_videos import LONG_KINDS, draw_clip, log_uniform, make_long_questions
 from .synthetic_videos import FRAME_SIZE, KINDS, NOTHING, Clip, Question, Thing, make_clip, make_questions, render
 
 PATCH_SIZE = 14
@@ -53,8 +53,9 @@ class Example:
 class LongMixture:
     """What the condensed long clips of a stage look like.
 
-    Clips of `frames` frames with `shown` shapes in them, of whose other frames `empty` are kept; `words` is the share
-    of clips shown in words, `even` that of clips whose number of frames is drawn evenly, not by octaves.
+    Clips of `frames` frames with `shown` shapes in them, of whose other frames `empty` are kept. Shares of the clips:
+    `words` are shown in words, of `even` the number of frames is drawn evenly, not by octaves, and in `alike` the
+    shapes are a multiple of a hundred seconds apart (`make_alike_clip`), where there is room for them.
     """
 
     clips: int
@@ -65,6 +66,7 @@ class LongMixture:
     questions: int = 8
     words: float = 0.0
     even: float = 0.0
+    alike: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -237,9 +239,9 @@ class LongBatches(IterableDataset):
             frames = int(rng.integers(fewest, most + 1))
         else:
             frames = log_uniform(rng, fewest, most)
-        clip = make_long_clip(rng, frames, shown)
+        clip = draw_clip(rng, frames, shown, mixture.alike)
         kept = {index for index, thing in enumerate(clip.things) if thing}
-        kept.update(int(index) for index in rng.integers(0, frames, empty))
+        kept.update(int(index) for index in rng.integers(0, len(clip.things), empty))
         questions = make_long_questions(clip, rng, mixture.questions, mixture.kinds)
         return Example(clip, questions, bool(rng.random() < mixture.words), kept=tuple(sorted(kept)))
 

@@ -10,6 +10,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -118,6 +119,32 @@ def make_long_clip(
     background = str(rng.choice(BACKGROUNDS, p=[0.4, 0.35, 0.25]))
     things = tuple(places.get(index) for index in range(frames))
     return Clip(things, fps, background, int(rng.integers(2**31)))
+
+
+def make_alike_clip(rng: np.random.Generator, frames: int, shown: int) -> Clip:
+    """A clip of at most `frames` frames whose shapes all stand a multiple of a hundred seconds apart.
+
+    The second tokens of their times are the same ("12¦ 04.5", "97¦ 04.5"): what tells them apart is the hundreds alone.
+    Raises `ValueError` when there is no room for that.
+    """
+    rates = [rate for rate in FRAME_RATES if shown <= frames // (100 * rate) and frames / rate <= MAX_FRAMES]
+    if not rates:
+        raise ValueError(f"{frames} frames hold no {shown} shapes a hundred seconds apart.")
+    fps = rates[rng.integers(len(rates))]
+    step = int(100 * fps)
+    clip = make_long_clip(rng, frames // step, shown, fps=fps)
+    # Empty frames before the first and between all; the last one still shows a shape.
+    things = [None] * int(rng.integers(step))
+    for thing in clip.things:
+        things += [thing, *[None] * (step - 1)]
+    return replace(clip, things=tuple(things[: 1 - step]))
+
+
+def draw_clip(rng: np.random.Generator, frames: int, shown: int, alike: float = 0.0) -> Clip:
+    """A clip of shapes at random places or, in a share of `alike` where there is room, of `make_alike_clip`."""
+    if alike and shown <= frames // 200 and rng.random() < alike:
+        return make_alike_clip(rng, frames, shown)
+    return make_long_clip(rng, frames, shown)
 
 
 class LongQuestions:

@@ -10,6 +10,8 @@ Stages, each one run of `Trainer` that can be resumed from `DIR/<stage>`:
   far      ... of which more are very long
   warmup   the indexer learns where that attention goes, which is still dense; everything else is frozen
   sparse   the decoder learns on under the indexer's selection, and the indexer with it
+  alike    ... about shapes whose times differ in their hundreds of seconds alone
+  crowd    the indexer learns to find among all tokens of whole clips what the decoder looks at in condensed ones
 Embeddings of the words in transcripts stay as initialised, so that `frames` and the two stages after it do not depend
 on each other: with `--only` they can run side by side, with the same result.
 Accuracy per kind of question is printed on clips never seen before, because no clip is drawn twice. `--start` begins
@@ -34,6 +36,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_keye import KeyeConfig, KeyeForVideoQA
 
+from .crowd_indexer import DENSE, CrowdMixture, Crowds, CrowdTrainer
 from .data import (
     GRID,
     ConversationEncoder,
@@ -51,8 +54,6 @@ from .tokenizer import build_tokenizer
 
 VISION = ("model.visual.", "model.projector.")
 DECODER = ("model.language_model.", "lm_head.")
-# No prompt is longer: with this budget the selection keeps every token, and attention is dense.
-DENSE = 2**20
 # The words of transcripts.
 WORDS = (*COLOURS, *SHAPES, NOTHING)
 
@@ -61,10 +62,11 @@ WORDS = (*COLOURS, *SHAPES, NOTHING)
 class Stage:
     """One run of `Trainer` over the weights whose names begin with `part`.
 
-    `mixtures` take turns; there is none for the stage that trains the vision tower on single frames. `decay` is the
+    `mixtures` take turns; there is none for the stage that trains the vision tower on single frames, and none with
+    `crowd`, the whole clips among whose tokens the indexer learns to find what the decoder looks at. `decay` is the
     last share of the steps, in which the learning rate falls. `indexer` is the stage of the indexer's loss, None where
-    the indexer does not learn and attention is dense: in "warmup" nothing but the indexer does. With `dense_every` n,
-    one batch in n attends to all tokens, so that the decoder does not unlearn that.
+    the indexer does not learn and attention is dense; in "warmup" and with `crowd` nothing but the indexer does. With
+    `dense_every` n, one batch in n attends to all tokens, so that the decoder does not unlearn that.
     """
 
     name: str
@@ -75,12 +77,13 @@ class Stage:
     decay: float = 0.25
     indexer: str | None = None
     dense_every: int | None = None
+    crowd: CrowdMixture | None = None
 
     def trains(self, name: str) -> bool:
         """Whether the parameter of this name learns."""
-        if self.indexer is None:
-            return name.startswith(self.part) and ".indexer." not in name
-        return ".indexer." in name if self.indexer == "warmup" else name.startswith(self.part)
+        if self.indexer == "warmup" or self.crowd is not None:
+            return ".indexer." in name
+        return name.startswith(self.part) and (self.indexer is not None or ".indexer." not in name)
 
 
 # Shares of the kinds of questions. Matching two words ("red circle") is learned later than matching one time stamp, and
@@ -101,6 +104,9 @@ FAR_FEW = replace(FEW, clips=32, questions=4, even=0.7)
 FAR_MANY = replace(MANY, shown=(4, 24), kinds=(*COMPARED, "first", "last", "count", "what"), even=0.7)
 # Among many empty frames; most of these prompts are longer than the budget, so that there is something to leave out.
 FAR_CROWD = LongMixture(32, (64, 20_000), (4, 20), (10, 120), (*COMPARED, "what"), questions=4, words=0.85, even=0.7)
+# Whole clips; a few are as long as the longest that are asked about.
+CROWD = CrowdMixture(24, (200, 10_000), (8, 20), (*COMPARED, "what"), alike=0.3)
+ALIKE_FEW, ALIKE_CROWD = (replace(mixture, alike=0.5) for mixture in (FAR_FEW, FAR_CROWD))
 
 STAGES = (
     Stage("frames", 2400, 1.5e-3, VISION),
@@ -120,7 +126,20 @@ STAGES = (
         indexer="adaptation",
         dense_every=4,
     ),
+    Stage(
+        "alike",
+        500,
+        1.2e-3,
+        DECODER,
+        (ALIKE_FEW, ALIKE_CROWD, ALIKE_FEW, SHORT_CLIPS),
+        decay=0.7,
+        indexer="adaptation",
+        dense_every=3,
+    ),
+    Stage("crowd", 300, 1e-3, DECODER, decay=0.5, crowd=CROWD),
 )
+# While the decoder learns, its selection is wider than the one that is shipped and that `crowd` is for.
+ADAPTATION_TOPK = 128
 FRAME_CLIPS = 24
 WARMUP_STEPS = 100
 INDEXER_LOSS_COEF = 1.0
@@ -211,10 +230,12 @@ class FrameTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def load_grown(model: KeyeForVideoQA, weights: dict[str, torch.Tensor]) -> None:
-    """Load weights whose vocabulary is the beginning of the model's; the indexer and further rows stay as they are."""
+def load_grown(model: KeyeForVideoQA, weights: dict[str, torch.Tensor], with_indexer: bool) -> None:
+    """Load weights whose vocabulary is the beginning of the model's; further rows stay as they are, and without
+    `with_indexer` the indexer does."""
     own = model.state_dict()
-    weights = {name: own[name] if ".indexer." in name else value for name, value in weights.items()}
+    new = {name for name in own if ".indexer." in name and not with_indexer}
+    weights = {name: own[name] if name in new else value for name, value in weights.items()}
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
         weights[name] = torch.cat([weights[name], own[name][weights[name].shape[0] :]])
     model.load_state_dict(weights)
@@ -276,9 +297,9 @@ def train_stage(model: KeyeForVideoQA, encoder: ConversationEncoder, stage: Stag
         return json.loads(record.read_text())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage.trains(name))
-    budget = KeyeConfig.from_preset("keye-tiny").text_config.index_topk
     # The warm-up is dense by itself; its budget is for the share of attention that it logs.
-    set_topk(model, DENSE if stage.indexer is None else budget)
+    topk = DENSE if stage.indexer is None else ADAPTATION_TOPK
+    set_topk(model, topk if stage.crowd is None else KeyeConfig.from_preset("keye-tiny").text_config.index_topk)
     text = model.config.text_config
     text.indexer_loss_coef = 0.0 if stage.indexer is None else INDEXER_LOSS_COEF
     text.indexer_stage = stage.indexer or text.indexer_stage
@@ -304,7 +325,9 @@ def train_stage(model: KeyeForVideoQA, encoder: ConversationEncoder, stage: Stag
         use_cpu=not torch.cuda.is_available(),
     )
     options = {"args": arguments}
-    if not stage.mixtures:
+    if stage.crowd is not None:
+        trainer = CrowdTrainer(model=model, train_dataset=Crowds(model, encoder, stage.crowd, seed), **options)
+    elif not stage.mixtures:
         reader = FrameReader(model, word_ids(encoder))
         dataset = FrameBatches(FRAME_CLIPS, seed)
         trainer = FrameTrainer(model=reader, train_dataset=dataset, data_collator=frame_collator(), **options)
@@ -341,7 +364,8 @@ def main() -> None:
     tokenizer = build_tokenizer()
     model = KeyeForVideoQA(KeyeConfig.from_preset("keye-tiny"))
     if arguments.start is not None:
-        load_grown(model, load_file(arguments.start))
+        # The warm-up begins with a new indexer.
+        load_grown(model, load_file(arguments.start), with_indexer="warmup" not in (arguments.only or ["warmup"]))
     encoder = ConversationEncoder(tokenizer)
     fixed = word_ids(encoder)
     model.get_input_embeddings().weight.register_hook(lambda gradient: gradient.index_fill(0, fixed, 0.0))
