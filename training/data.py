@@ -260,13 +260,25 @@ class Turns(IterableDataset):
 
 
 class FrameBatches(IterableDataset):
-    """Endless batches of clips for the vision tower alone; a function of the seed. One item is one batch."""
+    """Endless batches of clips for the vision tower alone; a function of the seed. One item is one batch.
 
-    def __init__(self, clips: int, seed: int):
+    With `empty`, that share of the frames shows nothing, and of as many clips the background is footage.
+    """
+
+    def __init__(self, clips: int, seed: int, empty: float | None = None):
         self.clips = clips
         self.seed = seed
+        self.empty = empty
 
     def __iter__(self) -> Iterator[list[Clip]]:
         rng = np.random.default_rng([self.seed, 2])
         while True:
-            yield [make_clip(rng, (8, 8)) for _ in range(self.clips)]
+            yield [self._clip(rng) for _ in range(self.clips)]
+
+    def _clip(self, rng: np.random.Generator) -> Clip:
+        clip = make_clip(rng, (8, 8))
+        if self.empty is None:
+            return clip
+        things = tuple(None if rng.random() < self.empty else thing for thing in clip.things)
+        background = "footage" if rng.random() < self.empty else clip.background
+        return replace(clip, things=things, background=background)

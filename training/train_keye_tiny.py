@@ -11,6 +11,8 @@ Stages, each one run of `Trainer` that can be resumed from `DIR/<stage>`:
   warmup   the indexer learns where that attention goes, which is still dense; everything else is frozen
   sparse   the decoder learns on under the indexer's selection, and the indexer with it
   alike    ... about shapes whose times differ in their hundreds of seconds alone
+  footage  the vision tower learns that real footage without a shape is empty, wherever it is cropped
+  hundreds the decoder learns from more clips like those of `alike`, and is asked for shapes alone more often
   crowd    the indexer learns to find among all tokens of whole clips what the decoder looks at in condensed ones
 Embeddings of the words in transcripts stay as initialised, so that `frames` and the two stages after it do not depend
 on each other: with `--only` they can run side by side, with the same result.
@@ -66,7 +68,8 @@ class Stage:
     `crowd`, the whole clips among whose tokens the indexer learns to find what the decoder looks at. `decay` is the
     last share of the steps, in which the learning rate falls. `indexer` is the stage of the indexer's loss, None where
     the indexer does not learn and attention is dense; in "warmup" and with `crowd` nothing but the indexer does. With
-    `dense_every` n, one batch in n attends to all tokens, so that the decoder does not unlearn that.
+    `dense_every` n, one batch in n attends to all tokens, so that the decoder does not unlearn that. `empty` is the
+    share of empty frames that the vision tower sees.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Stage:
     indexer: str | None = None
     dense_every: int | None = None
     crowd: CrowdMixture | None = None
+    empty: float | None = None
 
     def trains(self, name: str) -> bool:
         """Whether the parameter of this name learns."""
@@ -105,8 +109,11 @@ FAR_MANY = replace(MANY, shown=(4, 24), kinds=(*COMPARED, "first", "last", "coun
 # Among many empty frames; most of these prompts are longer than the budget, so that there is something to leave out.
 FAR_CROWD = LongMixture(32, (64, 20_000), (4, 20), (10, 120), (*COMPARED, "what"), questions=4, words=0.85, even=0.7)
 # Whole clips; a few are as long as the longest that are asked about.
-CROWD = CrowdMixture(24, (200, 10_000), (8, 20), (*COMPARED, "what"), alike=0.3)
+CROWD = CrowdMixture(24, (200, 10_000), (8, 20), (*COMPARED, "what"), crowd=28_000, alike=0.5)
 ALIKE_FEW, ALIKE_CROWD = (replace(mixture, alike=0.5) for mixture in (FAR_FEW, FAR_CROWD))
+MORE_FEW, MORE_CROWD = (
+    replace(mixture, alike=0.8, kinds=(*COMPARED, "what", "what")) for mixture in (FAR_FEW, FAR_CROWD)
+)
 
 STAGES = (
     Stage("frames", 2400, 1.5e-3, VISION),
@@ -132,6 +139,17 @@ STAGES = (
         1.2e-3,
         DECODER,
         (ALIKE_FEW, ALIKE_CROWD, ALIKE_FEW, SHORT_CLIPS),
+        decay=0.7,
+        indexer="adaptation",
+        dense_every=3,
+    ),
+    Stage("footage", 1000, 6e-4, VISION, decay=0.7, empty=0.6),
+    Stage(
+        "hundreds",
+        500,
+        1.5e-3,
+        DECODER,
+        (MORE_FEW, MORE_CROWD, FAR_FEW, MORE_FEW, SHORT_CLIPS),
         decay=0.7,
         indexer="adaptation",
         dense_every=3,
@@ -329,7 +347,7 @@ def train_stage(model: KeyeForVideoQA, encoder: ConversationEncoder, stage: Stag
         trainer = CrowdTrainer(model=model, train_dataset=Crowds(model, encoder, stage.crowd, seed), **options)
     elif not stage.mixtures:
         reader = FrameReader(model, word_ids(encoder))
-        dataset = FrameBatches(FRAME_CLIPS, seed)
+        dataset = FrameBatches(FRAME_CLIPS, seed, stage.empty)
         trainer = FrameTrainer(model=reader, train_dataset=dataset, data_collator=frame_collator(), **options)
     else:
         dataset = Turns(stage.mixtures, seed)

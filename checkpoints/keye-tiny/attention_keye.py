@@ -157,11 +157,21 @@ class KeyeDeepseekIndexer(nn.Module):
     def forward(self, hidden_states, query_latent, cos, sin):
         """hidden_states [B, S, hidden], query_latent [B, S, q_lora_rank], cos and sin [B, S, R] ->
         queries [B, S, Hi, Di], keys [B, S, Di], gates [B, S, Hi] float32."""
-        q = self.wq_b(query_latent).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_norm(self.wk(hidden_states)).unsqueeze(2)
-        q, k = (torch.cat([rotate(x[..., : self.rope_dim], cos, sin), x[..., self.rope_dim :]], dim=-1) for x in (q, k))
+        q, gates = self.queries(hidden_states, query_latent, cos, sin)
+        return q, self.keys(hidden_states, cos, sin), gates
+
+    def queries(self, hidden_states, query_latent, cos, sin):
+        """Queries and gates alone."""
+        q = self._rotate(self.wq_b(query_latent).unflatten(-1, (self.num_heads, self.head_dim)), cos, sin)
         gates = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype)).float()
-        return q, k.squeeze(2), gates * (self.num_heads * self.head_dim) ** -0.5
+        return q, gates * (self.num_heads * self.head_dim) ** -0.5
+
+    def keys(self, hidden_states, cos, sin):
+        """Keys alone."""
+        return self._rotate(self.k_norm(self.wk(hidden_states)).unsqueeze(2), cos, sin).squeeze(2)
+
+    def _rotate(self, x, cos, sin):
+        return torch.cat([rotate(x[..., : self.rope_dim], cos, sin), x[..., self.rope_dim :]], dim=-1)
 
 
 class KeyeFusedIndexer(nn.Module):
@@ -183,10 +193,18 @@ class KeyeFusedIndexer(nn.Module):
 
     def forward(self, hidden_states, query_latent, cos, sin):
         """As `KeyeDeepseekIndexer.forward`; `query_latent` is not read, cos and sin are [B, S, Di]."""
+        q, gates = self.queries(hidden_states, query_latent, cos, sin)
+        return q, self.keys(hidden_states, cos, sin), gates
+
+    def queries(self, hidden_states, query_latent, cos, sin):
+        """Queries and gates alone."""
         q, gates = self.q_proj(hidden_states).split([self.num_heads * self.head_dim, self.num_heads], dim=-1)
         q = rotate(self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))), cos, sin)
-        k = rotate(self.k_norm(self.k_proj(hidden_states)).unsqueeze(2), cos, sin).squeeze(2)
-        return q, k, gates.float() * self.head_dim**-0.5
+        return q, gates.float() * self.head_dim**-0.5
+
+    def keys(self, hidden_states, cos, sin):
+        """Keys alone."""
+        return rotate(self.k_norm(self.k_proj(hidden_states)).unsqueeze(2), cos, sin).squeeze(2)
 
 
 INDEXERS = {"deepseek_v32": KeyeDeepseekIndexer, "keye_vl_2": KeyeFusedIndexer}

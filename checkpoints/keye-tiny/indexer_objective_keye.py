@@ -93,7 +93,7 @@ class IndexerLoss:
                 mask = None if self.key_mask is None else self.key_mask[b]
                 for block, last, visible in _blocks(queries, keys, first, mask):
                     place = slice(begin + block.start, begin + block.stop)
-                    target = _mean_attention(queries[b, block], keys[b, :, :last], visible, scaling, self.dtype)
+                    target = mean_attention(queries[b, block], keys[b, :, :last], visible, scaling, self.dtype)
                     q, gates = self.q[b, place].to(self.dtype), self.gates[b, place].to(self.dtype)
                     k = self.k[b, :last].to(self.dtype)
                     scores = torch.empty_like(target)
@@ -231,7 +231,7 @@ def caught_mass(
         for b in range(queries.shape[0]):
             mask = None if key_mask is None else key_mask[b]
             for block, last, visible in _blocks(queries, keys, query_offset, mask):
-                mass = _mean_attention(queries[b, block], keys[b, :, :last], visible, scaling, dtype)
+                mass = mean_attention(queries[b, block], keys[b, :, :last], visible, scaling, dtype)
                 picked = selected[b, block].long()
                 caught[b, block] = mass.gather(1, picked.clamp(min=0)).masked_fill(picked < 0, 0.0).sum(dim=-1)
     return caught
@@ -269,7 +269,7 @@ def _key_tiles(q: torch.Tensor, num_keys: int):
     return (slice(begin, min(begin + step, num_keys)) for begin in range(0, num_keys, step))
 
 
-def _mean_attention(queries, keys, visible, scaling, dtype) -> torch.Tensor:
+def mean_attention(queries, keys, visible, scaling, dtype) -> torch.Tensor:
     """Attention of queries [n, H, D] over the visible of keys [G, T, D], mean over the heads: [n, T]."""
     num_queries, heads, _ = queries.shape
     groups, num_keys, _ = keys.shape

@@ -113,7 +113,7 @@ PRESETS: dict[str, dict] = {
             "head_dim": 48,
             "index_n_heads": 4,
             "index_head_dim": 64,
-            "index_topk": 128,
+            "index_topk": 32,
             "local_window": 64,
             "anchor_stride": 64,
             "first_k_dense_replace": 3,

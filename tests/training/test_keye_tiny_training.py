@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modeling_keye import KeyeConfig, KeyeForVideoQA
-from training.data import ClipBatches, ConversationEncoder, Example, LongMixture, Mixture
+from training.data import ClipBatches, ConversationEncoder, Example, FrameBatches, LongMixture, Mixture
 from training.evaluate import evaluate, held_out, is_right, score
 from training.learning_curves import curves, plot_curves, stage_log
 from training.long_videos import make_long_clip
@@ -89,6 +89,14 @@ def test_groups_are_functions_of_the_seed(encoder):
     collated = answer_collator(encoder)(first[:1])
     owned = collated["owner"][collated["owner"] >= 0]
     assert sorted(set(owned.tolist())) == list(range(len(collated["groups"])))
+
+
+def test_frames_of_the_tower_can_be_mostly_empty_footage():
+    usual, empty = (next(iter(FrameBatches(200, 0, share))) for share in (None, 0.6))
+    for clips, nothing, footage in ((usual, 0.12, 0.25), (empty, 0.65, 0.7)):
+        shown = [thing for clip in clips for thing in clip.things]
+        assert sum(thing is None for thing in shown) / len(shown) == pytest.approx(nothing, abs=0.05)
+        assert sum(clip.background == "footage" for clip in clips) / len(clips) == pytest.approx(footage, abs=0.1)
 
 
 def _smaller(stage):
