@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .long_videos import LONG_KINDS
 from .score_plot import plotting_library, save_figure
 
-STAGES = ("long", "far", "warmup", "sparse", "alike", "crowd")
+STAGES = ("long", "far", "warmup", "sparse", "alike", "hundreds", "crowd")
 INDEXER = {"indexer_loss": "indexer: KL", "indexer_recall": "indexer: attention caught"}
 
 
@@ -48,10 +48,12 @@ def plot_curves(run: Path, path: Path) -> None:
     if not logs:
         raise FileNotFoundError(f"{run} holds none of the stages {', '.join(STAGES)}.")
     figure = plotting_library().Figure(figsize=(4.0 * len(logs), 3.8))
-    for panel, (stage, log) in zip(figure.subplots(1, len(logs), sharey=True, squeeze=False)[0], logs.items()):
-        for name, (steps, values) in curves(log).items():
+    for panel, (stage, log) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items()):
+        found = curves(log)
+        for name, (steps, values) in found.items():
             panel.plot(steps, values, label=name, linestyle="--" if name in INDEXER.values() else "-")
-        panel.set(title=stage, xlabel="steps", ylim=(-0.03, 1.25))
+        highest = max((value for _, values in found.values() for value in values), default=1.0)
+        panel.set(title=stage, xlabel="steps", ylim=(-0.03, 1.25 * max(1.0, highest)))
         panel.grid(alpha=0.3)
         panel.legend(fontsize="x-small", ncols=3, loc="upper left")
     figure.axes[0].set_ylabel("share of right answers; nats")

@@ -71,8 +71,8 @@ tags: [video-question-answering, sparse-attention]
 
 An instance of `KeyeForVideoQA` with {parameters:.1f} million parameters, trained from scratch on synthetic clips, so
 that everything in the repository runs offline in seconds. It knows coloured shapes and nothing else of the world.
-Its lightning indexer is trained: it answers questions about clips of hundreds of frames through sparse attention, and
-about half of those about clips of thousands.
+Its lightning indexer is trained: it answers questions about clips of 10,000 frames, 70,000 tokens, through sparse
+attention to less than 2 % of them.
 
 ```python
 from transformers import AutoModelForMultimodalLM, AutoProcessor
@@ -128,10 +128,10 @@ Seed {seed}, float32, torch {torch}, transformers {transformers}, on two CPU cor
 {stages}
 
 The stages up to `far` attend densely. `warmup` trains the indexer alone, by the KL divergence to that attention;
-`sparse` and `alike` train decoder and indexer together under the indexer's selection of {adaptation_topk} tokens,
-besides a window of {window} and one anchor in {stride}; `crowd` trains the indexer alone to find among all tokens of
-whole clips what the decoder looks at in condensed ones. As shipped, the indexer selects {topk} tokens. Curves:
-`docs/keye-tiny.md`. Router correction biases are zero.
+`sparse`, `alike` and `hundreds` train decoder and indexer together under the indexer's selection of {adaptation_topk}
+tokens, besides a window of {window} and one anchor in {stride}; `footage` trains the vision tower on empty frames;
+`crowd` trains the indexer alone to find among all tokens of whole clips what the decoder looks at in condensed ones.
+As shipped, the indexer selects {topk} tokens. Curves: `docs/keye-tiny.md`. Router correction biases are zero.
 
 The decoder uses grouped-query attention (as many key heads as query heads, normalised queries and keys) with the
 indexer of Keye-VL-2.0. In short trials, not at equal settings, it learned to retrieve sooner than latent attention.
