@@ -61,7 +61,7 @@ class Crowds(Dataset):
     of the condensed clip: `key_slots` [n] and `query_slots` [Q] in the prompt of the whole clip, where every question
     stands right behind the video; `target_keys` [V], which of the keys the condensed tokens are; `key_rotary` and
     `query_rotary`, cos and sin; and per layer the inputs `keys` [n, hidden] and `queries` [Q, hidden], the query
-    `latents` (MLA) and the teacher's attention `target` [Q, V].
+    `latents` (MLA) and the teacher's attention `target` [Q, V]; all on the CPU.
     """
 
     def __init__(self, model: nn.Module, encoder: ConversationEncoder, mixture: CrowdMixture, seed: int):
@@ -177,8 +177,8 @@ def _read_clip(
         "key_slots": keys,
         "query_slots": query_slots,
         "target_keys": torch.searchsorted(keys, slots),
-        "key_rotary": [part[0, keys] for part in student.index_rotary],
-        "query_rotary": [part[rows, places] for part in teacher.index_rotary],
+        "key_rotary": [part[0, keys].cpu() for part in student.index_rotary],
+        "query_rotary": [part[rows, places].cpu() for part in teacher.index_rotary],
         "layers": [],
     }
     for layer, read, inputs in zip(decoder_of(model).layers, student.hidden_states, teacher.hidden_states):
@@ -192,8 +192,8 @@ def _read_clip(
             visible = (torch.arange(states.shape[2]) <= at[:, None]).to(queries.device)
             weights = mean_attention(queries[row, at], states[row], visible, attention.scaling, target.dtype)
             target[mine] = weights[:, :seen]
-        part = {"keys": read[0, keys], "queries": inputs[rows, places], "target": target}
-        item["layers"].append({**part, "latents": None if latents is None else latents[rows, places]})
+        part = {"keys": read[0, keys].cpu(), "queries": inputs[rows, places].cpu(), "target": target.cpu()}
+        item["layers"].append({**part, "latents": None if latents is None else latents[rows, places].cpu()})
     return item
 
 

@@ -17,8 +17,8 @@ Stages, each one run of `Trainer` that can be resumed from `DIR/<stage>`:
 Embeddings of the words in transcripts stay as initialised, so that `frames` and the two stages after it do not depend
 on each other: with `--only` they can run side by side, with the same result.
 Accuracy per kind of question is printed on clips never seen before, because no clip is drawn twice. `--start` begins
-with the weights of an earlier keye-tiny, whose vocabulary may end sooner. Two CPU cores need about two
-and a half hours.
+with the weights of an earlier keye-tiny, whose vocabulary may end sooner. Two CPU cores need three to four hours by
+the sum of the stages.
 """
 
 import argparse

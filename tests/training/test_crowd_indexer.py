@@ -22,10 +22,24 @@ def encoder():
     return ConversationEncoder(build_tokenizer())
 
 
-@pytest.fixture
-def model():
+LATENT = {
+    "attention_type": "mla",
+    "indexer_type": "deepseek_v32",
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+
+
+@pytest.fixture(params=["gqa", "mla"])
+def model(request):
     torch.manual_seed(0)
-    model = KeyeForVideoQA(KeyeConfig.from_preset("keye-tiny"))
+    config = KeyeConfig.from_preset("keye-tiny").to_dict()
+    if request.param == "mla":
+        config["text_config"] = {**config["text_config"], **LATENT}
+    model = KeyeForVideoQA(KeyeConfig.from_dict(config))
     set_topk(model, TOPK)
     return model
 
