@@ -2,9 +2,9 @@
 
 A condensed clip (`data`) holds the shapes of a clip and few of its empty frames. The decoder, attending to all of that,
 is the teacher: what a token of a question or of the video attends to there is what the indexer has to find among all
-tokens of the whole clip. With the teacher's attention p[t,s], mean over the heads, of query t to those tokens s that no
-selection leaves out (neither in the window nor anchors), p[t] = sum over s of p[t,s], and the scores I of the indexer
-over all such tokens of the clip,
+tokens of the whole clip. With the teacher's attention p[t,s], mean over the heads, of query t to those tokens s that
+the indexer decides about (neither in the window nor anchors), p[t] = sum over s of p[t,s], and the scores I of the
+indexer over all such tokens of the clip,
 
     loss = sum over t and s of p[t,s] (log (p[t,s] / p[t]) - log softmax(I)[t,s]) / sum over t of p[t]
 
@@ -25,12 +25,9 @@ from transformers import Trainer
 
 from modeling_keye.indexer_objective_keye import mean_attention
 
-from .data import ConversationEncoder, Example
-from .indexer_training import decoder_of, set_topk
+from .data import ConversationEncoder, Example, kept_frames
+from .indexer_training import DENSE, decoder_of, set_topk
 from .long_videos import draw_clip, log_uniform, make_long_questions
-
-# No prompt is longer: with this budget the selection keeps every token, and attention is dense.
-DENSE = 2**20
 
 
 @dataclass(frozen=True)
@@ -156,9 +153,8 @@ def _read_clip(
     frames, shown = log_uniform(rng, *mixture.frames), log_uniform(rng, *mixture.shown)
     clip = draw_clip(rng, frames, shown, mixture.alike)
     words = bool(rng.random() < mixture.words)
-    kept = {index for index, thing in enumerate(clip.things) if thing}
-    kept.update(int(index) for index in rng.integers(0, len(clip.things), mixture.empty))
-    whole, condensed = Example(clip, [], words), Example(clip, [], words, kept=tuple(sorted(kept)))
+    whole = Example(clip, [], words)
+    condensed = replace(whole, kept=kept_frames(rng, clip, mixture.empty))
     questions = make_long_questions(clip, rng, mixture.questions, mixture.kinds)
     slots = torch.tensor(encoder.conversation(condensed)[2])
     tokens, seen = len(encoder.conversation(whole)[0]), len(slots)

@@ -81,6 +81,13 @@ class Mixture:
     drills: float = 0.0
 
 
+def kept_frames(rng: np.random.Generator, clip: Clip, empty: int) -> tuple[int, ...]:
+    """The frames of a condensed clip: all that show a shape, and up to `empty` others."""
+    kept = {index for index, thing in enumerate(clip.things) if thing}
+    kept.update(int(index) for index in rng.integers(0, len(clip.things), empty))
+    return tuple(sorted(kept))
+
+
 def transcript(thing: Thing | None) -> list[str]:
     """The words that stand for the tokens of one frame in `words` mode."""
     words = [thing.colour, thing.shape] if thing else [NOTHING, NOTHING]
@@ -240,10 +247,9 @@ class LongBatches(IterableDataset):
         else:
             frames = log_uniform(rng, fewest, most)
         clip = draw_clip(rng, frames, shown, mixture.alike)
-        kept = {index for index, thing in enumerate(clip.things) if thing}
-        kept.update(int(index) for index in rng.integers(0, len(clip.things), empty))
+        kept = kept_frames(rng, clip, empty)
         questions = make_long_questions(clip, rng, mixture.questions, mixture.kinds)
-        return Example(clip, questions, bool(rng.random() < mixture.words), kept=tuple(sorted(kept)))
+        return Example(clip, questions, bool(rng.random() < mixture.words), kept=kept)
 
 
 class Turns(IterableDataset):

@@ -18,6 +18,9 @@ from transformers import Trainer
 
 from modeling_keye.indexer_objective_keye import follow_loss, labelled_share
 
+# No prompt is longer: with this budget the selection keeps every token, and attention is dense.
+DENSE = 2**20
+
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The Keye decoder inside `model`, which may be wrapped (adapters, data parallelism). Raises `ValueError`."""

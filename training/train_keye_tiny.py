@@ -38,7 +38,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_keye import KeyeConfig, KeyeForVideoQA
 
-from .crowd_indexer import DENSE, CrowdMixture, Crowds, CrowdTrainer
+from .crowd_indexer import CrowdMixture, Crowds, CrowdTrainer
 from .data import (
     GRID,
     ConversationEncoder,
@@ -50,7 +50,7 @@ from .data import (
     patches,
     transcript,
 )
-from .indexer_training import IndexerTrainerMixin, decoder_of, set_topk
+from .indexer_training import DENSE, IndexerTrainerMixin, decoder_of, set_topk
 from .synthetic_videos import COLOURS, NOTHING, SHAPES, Clip, render
 from .tokenizer import build_tokenizer
 
