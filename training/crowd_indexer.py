@@ -35,8 +35,8 @@ class CrowdMixture:
     """Whole clips of `frames` frames with `shown` shapes, both by octaves, and `questions` questions about each.
 
     The teacher sees the shapes and `empty` empty frames; the indexer has to tell their tokens from `crowd` others.
-    `words` and `alike` are shares of the clips as in `LongMixture`. `video_queries` tokens of each video learn beside
-    its questions.
+    `words`, `alike` and `ends` are shares of the clips as in `LongMixture`. `video_queries` tokens of each video learn
+    beside its questions.
     """
 
     clips: int
@@ -48,6 +48,7 @@ class CrowdMixture:
     crowd: int = 14_000
     words: float = 0.5
     alike: float = 0.0
+    ends: float = 0.0
     video_queries: int = 96
 
 
@@ -151,7 +152,7 @@ def _read_clip(
     model: nn.Module, encoder: ConversationEncoder, mixture: CrowdMixture, rng: np.random.Generator, budget: int
 ) -> dict:
     frames, shown = log_uniform(rng, *mixture.frames), log_uniform(rng, *mixture.shown)
-    clip = draw_clip(rng, frames, shown, mixture.alike)
+    clip = draw_clip(rng, frames, shown, mixture.alike, mixture.ends)
     words = bool(rng.random() < mixture.words)
     whole = Example(clip, [], words)
     condensed = replace(whole, kept=kept_frames(rng, clip, mixture.empty))

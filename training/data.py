@@ -55,7 +55,8 @@ class LongMixture:
 
     Clips of `frames` frames with `shown` shapes in them, of whose other frames `empty` are kept. Shares of the clips:
     `words` are shown in words, of `even` the number of frames is drawn evenly, not by octaves, and in `alike` the
-    shapes are a multiple of a hundred seconds apart (`make_alike_clip`), where there is room for them.
+    shapes are a multiple of a hundred seconds apart (`make_alike_clip`), where there is room for them, in `ends` half
+    of them stand at both ends of the clip (`draw_clip`).
     """
 
     clips: int
@@ -67,6 +68,7 @@ class LongMixture:
     words: float = 0.0
     even: float = 0.0
     alike: float = 0.0
+    ends: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ class LongBatches(IterableDataset):
             frames = int(rng.integers(fewest, most + 1))
         else:
             frames = log_uniform(rng, fewest, most)
-        clip = draw_clip(rng, frames, shown, mixture.alike)
+        clip = draw_clip(rng, frames, shown, mixture.alike, mixture.ends)
         kept = kept_frames(rng, clip, empty)
         questions = make_long_questions(clip, rng, mixture.questions, mixture.kinds)
         return Example(clip, questions, bool(rng.random() < mixture.words), kept=kept)

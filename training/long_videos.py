@@ -140,10 +140,16 @@ def make_alike_clip(rng: np.random.Generator, frames: int, shown: int) -> Clip:
     return replace(clip, things=tuple(things[: 1 - step]))
 
 
-def draw_clip(rng: np.random.Generator, frames: int, shown: int, alike: float = 0.0) -> Clip:
-    """A clip of shapes at random places or, in a share of `alike` where there is room, of `make_alike_clip`."""
+def draw_clip(rng: np.random.Generator, frames: int, shown: int, alike: float = 0.0, ends: float = 0.0) -> Clip:
+    """A clip of shapes at random places or, in a share of `alike` where there is room, of `make_alike_clip`.
+
+    In a share of `ends` half of the pairs span the clip, one shape in its first hundred frames and one in its last
+    hundred, and half a tenth of it.
+    """
     if alike and shown <= frames // 200 and rng.random() < alike:
         return make_alike_clip(rng, frames, shown)
+    if ends and shown <= frames // 10 and rng.random() < ends:
+        return make_long_clip(rng, frames, shown, (frames - min(100, frames // 2), frames // 10))
     return make_long_clip(rng, frames, shown)
 
 

@@ -13,12 +13,14 @@ Stages, each one run of `Trainer` that can be resumed from `DIR/<stage>`:
   alike    ... about shapes whose times differ in their hundreds of seconds alone
   footage  the vision tower learns that real footage without a shape is empty, wherever it is cropped
   hundreds the decoder learns from more clips like those of `alike`, and is asked for shapes alone more often
+  ends     ... and from questions about two shapes of many that stand at both ends of a clip, two questions about each
+  settle   ... and from more of these, ten to twenty shapes in each, at a lower learning rate
   crowd    the indexer learns to find among all tokens of whole clips what the decoder looks at in condensed ones
 Embeddings of the words in transcripts stay as initialised, so that `frames` and the two stages after it do not depend
 on each other: with `--only` they can run side by side, with the same result.
 Accuracy per kind of question is printed on clips never seen before, because no clip is drawn twice. `--start` begins
-with the weights of an earlier keye-tiny, whose vocabulary may end sooner. Two CPU cores need three to four hours by
-the sum of the stages.
+with the weights of an earlier keye-tiny, whose vocabulary may end sooner. Two CPU cores need about four hours by the
+sum of the stages.
 """
 
 import argparse
@@ -109,11 +111,16 @@ FAR_MANY = replace(MANY, shown=(4, 24), kinds=(*COMPARED, "first", "last", "coun
 # Among many empty frames; most of these prompts are longer than the budget, so that there is something to leave out.
 FAR_CROWD = LongMixture(32, (64, 20_000), (4, 20), (10, 120), (*COMPARED, "what"), questions=4, words=0.85, even=0.7)
 # Whole clips; a few are as long as the longest that are asked about.
-CROWD = CrowdMixture(24, (200, 10_000), (8, 20), (*COMPARED, "what"), crowd=28_000, alike=0.5)
+CROWD = CrowdMixture(24, (200, 10_000), (8, 20), (*COMPARED, "what"), crowd=28_000, alike=0.3, ends=0.5)
 ALIKE_FEW, ALIKE_CROWD = (replace(mixture, alike=0.5) for mixture in (FAR_FEW, FAR_CROWD))
 MORE_FEW, MORE_CROWD = (
     replace(mixture, alike=0.8, kinds=(*COMPARED, "what", "what")) for mixture in (FAR_FEW, FAR_CROWD)
 )
+# Two questions alone: a later one can copy what an earlier answer says.
+ENDS = LongMixture(
+    32, (1_000, 20_000), (6, 20), (4, 40), (*COMPARED, "identity", "what"), questions=2, words=0.9, even=0.7, ends=0.8
+)
+MANY_ENDS = replace(ENDS, shown=(10, 20))
 
 STAGES = (
     Stage("frames", 2400, 1.5e-3, VISION),
@@ -151,6 +158,26 @@ STAGES = (
         DECODER,
         (MORE_FEW, MORE_CROWD, FAR_FEW, MORE_FEW, SHORT_CLIPS),
         decay=0.7,
+        indexer="adaptation",
+        dense_every=3,
+    ),
+    Stage(
+        "ends",
+        500,
+        1.5e-3,
+        DECODER,
+        (ENDS, ENDS, MORE_FEW, ENDS, SHORT_CLIPS),
+        decay=0.7,
+        indexer="adaptation",
+        dense_every=3,
+    ),
+    Stage(
+        "settle",
+        400,
+        1e-3,
+        DECODER,
+        (MANY_ENDS, MANY_ENDS, MORE_FEW, MANY_ENDS, SHORT_CLIPS),
+        decay=0.8,
         indexer="adaptation",
         dense_every=3,
     ),

@@ -10,7 +10,7 @@ from modeling_keye import KeyeConfig, KeyeForVideoQA
 from training.crowd_indexer import CrowdMixture, Crowds, crowd_objective, crowd_scores
 from training.data import ConversationEncoder, Example
 from training.indexer_training import decoder_of, set_topk
-from training.long_videos import make_alike_clip, make_long_clip, make_long_questions
+from training.long_videos import draw_clip, make_alike_clip, make_long_clip, make_long_questions
 from training.tokenizer import build_tokenizer
 
 MIXTURE = CrowdMixture(1, (90, 90), (5, 5), ("identity", "colour"), questions=3, empty=6, words=1.0)
@@ -127,3 +127,13 @@ def test_alike_clips_differ_in_their_hundreds_of_seconds():
         assert len({float(clip.times[index]) % 100 for index in places}) == 1
     with pytest.raises(ValueError, match="599 frames hold no 12 shapes a hundred seconds apart"):
         make_alike_clip(np.random.default_rng(0), 599, 12)
+
+
+def test_clips_of_both_ends_have_shapes_in_their_first_and_last_hundred_frames():
+    for seed in range(20):
+        clip = draw_clip(np.random.default_rng(seed), 4000, 16, ends=1.0)
+        places = [index for index, thing in enumerate(clip.things) if thing]
+        assert len(places) == 16 and places[-1] == 3999
+        assert sum(place < 100 for place in places) >= 3 and sum(place >= 3900 for place in places) >= 3
+    # No room for them: shapes at random places, from the same draws.
+    assert draw_clip(np.random.default_rng(0), 40, 16, ends=1.0) == make_long_clip(np.random.default_rng(0), 40, 16)
