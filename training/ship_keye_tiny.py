@@ -130,8 +130,9 @@ Seed {seed}, float32, torch {torch}, transformers {transformers}, on two CPU cor
 The stages up to `far` attend densely. `warmup` trains the indexer alone, by the KL divergence to that attention;
 `sparse`, `alike`, `hundreds`, `ends` and `settle` train decoder and indexer together under the indexer's selection of
 {adaptation_topk} tokens, besides a window of {window} and one anchor in {stride}; `footage` trains the vision tower on
-empty frames; `crowd` trains the indexer alone to find among all tokens of whole clips what the decoder looks at in condensed ones.
-As shipped, the indexer selects {topk} tokens. Curves: `docs/keye-tiny.md`. Router correction biases are zero.
+empty frames; `crowd` trains the indexer alone to find among all tokens of whole clips what the decoder looks at in
+condensed ones. As shipped, the indexer selects {topk} tokens. Router correction biases are zero. Curves:
+`docs/keye-tiny.md`.
 
 The decoder uses grouped-query attention (as many key heads as query heads, normalised queries and keys) with the
 indexer of Keye-VL-2.0. In short trials, not at equal settings, it learned to retrieve sooner than latent attention.
