@@ -28,6 +28,7 @@ import json
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -110,18 +111,21 @@ FAR_FEW = replace(FEW, clips=32, questions=4, even=0.7)
 FAR_MANY = replace(MANY, shown=(4, 24), kinds=(*COMPARED, "first", "last", "count", "what"), even=0.7)
 # Among many empty frames; most of these prompts are longer than the budget, so that there is something to leave out.
 FAR_CROWD = LongMixture(32, (64, 20_000), (4, 20), (10, 120), (*COMPARED, "what"), questions=4, words=0.85, even=0.7)
+LARGE_CROWD = replace(FAR_CROWD, empty=(20, 300))
 # Whole clips; a few are as long as the longest that are asked about.
 CROWD = CrowdMixture(24, (200, 10_000), (8, 20), (*COMPARED, "what"), crowd=28_000, alike=0.3, ends=0.5)
 ALIKE_FEW, ALIKE_CROWD = (replace(mixture, alike=0.5) for mixture in (FAR_FEW, FAR_CROWD))
 MORE_FEW, MORE_CROWD = (
     replace(mixture, alike=0.8, kinds=(*COMPARED, "what", "what")) for mixture in (FAR_FEW, FAR_CROWD)
 )
-# Two questions alone: a later one can copy what an earlier answer says.
+# Only two questions about a clip: a later one can copy what an earlier answer says.
 ENDS = LongMixture(
     32, (1_000, 20_000), (6, 20), (4, 40), (*COMPARED, "identity", "what"), questions=2, words=0.9, even=0.7, ends=0.8
 )
 MANY_ENDS = replace(ENDS, shown=(10, 20))
 
+# The stages in which decoder and indexer learn together, most of them with these settings.
+adapting = partial(Stage, part=DECODER, decay=0.7, indexer="adaptation", dense_every=3)
 STAGES = (
     Stage("frames", 2400, 1.5e-3, VISION),
     Stage("drills", 700, 3e-3, DECODER, (Mixture(32, (2, 8), DRILLED, words=1.0, drills=1.0),)),
@@ -130,57 +134,12 @@ STAGES = (
     Stage("long", 1700, 2e-3, DECODER, (FEW, MANY, FEW, MANY, SHORT_CLIPS), decay=0.4),
     Stage("far", 1200, 2e-3, DECODER, (FAR_FEW, FAR_CROWD, FAR_FEW, FAR_MANY, SHORT_CLIPS), decay=0.5),
     Stage("warmup", 200, 2e-3, DECODER, (FAR_CROWD,), decay=0.5, indexer="warmup"),
-    Stage(
-        "sparse",
-        1000,
-        1.5e-3,
-        DECODER,
-        (replace(FAR_CROWD, empty=(20, 300)), FAR_FEW, SHORT_CLIPS),
-        decay=0.7,
-        indexer="adaptation",
-        dense_every=4,
-    ),
-    Stage(
-        "alike",
-        500,
-        1.2e-3,
-        DECODER,
-        (ALIKE_FEW, ALIKE_CROWD, ALIKE_FEW, SHORT_CLIPS),
-        decay=0.7,
-        indexer="adaptation",
-        dense_every=3,
-    ),
+    adapting("sparse", 1000, 1.5e-3, mixtures=(LARGE_CROWD, FAR_FEW, SHORT_CLIPS), dense_every=4),
+    adapting("alike", 500, 1.2e-3, mixtures=(ALIKE_FEW, ALIKE_CROWD, ALIKE_FEW, SHORT_CLIPS)),
     Stage("footage", 1000, 6e-4, VISION, decay=0.7, empty=0.6),
-    Stage(
-        "hundreds",
-        500,
-        1.5e-3,
-        DECODER,
-        (MORE_FEW, MORE_CROWD, FAR_FEW, MORE_FEW, SHORT_CLIPS),
-        decay=0.7,
-        indexer="adaptation",
-        dense_every=3,
-    ),
-    Stage(
-        "ends",
-        500,
-        1.5e-3,
-        DECODER,
-        (ENDS, ENDS, MORE_FEW, ENDS, SHORT_CLIPS),
-        decay=0.7,
-        indexer="adaptation",
-        dense_every=3,
-    ),
-    Stage(
-        "settle",
-        400,
-        1e-3,
-        DECODER,
-        (MANY_ENDS, MANY_ENDS, MORE_FEW, MANY_ENDS, SHORT_CLIPS),
-        decay=0.8,
-        indexer="adaptation",
-        dense_every=3,
-    ),
+    adapting("hundreds", 500, 1.5e-3, mixtures=(MORE_FEW, MORE_CROWD, FAR_FEW, MORE_FEW, SHORT_CLIPS)),
+    adapting("ends", 500, 1.5e-3, mixtures=(ENDS, ENDS, MORE_FEW, ENDS, SHORT_CLIPS)),
+    adapting("settle", 400, 1e-3, mixtures=(MANY_ENDS, MANY_ENDS, MORE_FEW, MANY_ENDS, SHORT_CLIPS), decay=0.8),
     Stage("crowd", 300, 1e-3, DECODER, decay=0.5, crowd=CROWD),
 )
 # While the decoder learns, its selection is wider than the one that is shipped and that `crowd` is for.
