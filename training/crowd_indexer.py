@@ -34,9 +34,9 @@ from .long_videos import draw_clip, log_uniform, make_long_questions
 class CrowdMixture:
     """Whole clips of `frames` frames with `shown` shapes, both by octaves, and `questions` questions about each.
 
-    The teacher sees the shapes and `empty` empty frames; the indexer has to tell their tokens from `crowd` others.
-    `words`, `alike` and `ends` are shares of the clips as in `LongMixture`. `video_queries` tokens of each video learn
-    beside its questions.
+    The teacher sees the shapes, up to `beside` frames on either side of each, and `empty` empty frames; the indexer has
+    to tell their tokens from `crowd` others. `words`, `alike` and `ends` are shares of the clips as in `LongMixture`.
+    `video_queries` tokens of each video learn with its questions.
     """
 
     clips: int
@@ -49,6 +49,7 @@ class CrowdMixture:
     words: float = 0.5
     alike: float = 0.0
     ends: float = 0.0
+    beside: int = 0
     video_queries: int = 96
 
 
@@ -155,7 +156,7 @@ def _read_clip(
     clip = draw_clip(rng, frames, shown, mixture.alike, mixture.ends)
     words = bool(rng.random() < mixture.words)
     whole = Example(clip, [], words)
-    condensed = replace(whole, kept=kept_frames(rng, clip, mixture.empty))
+    condensed = replace(whole, kept=kept_frames(rng, clip, mixture.empty, mixture.beside))
     questions = make_long_questions(clip, rng, mixture.questions, mixture.kinds)
     slots = torch.tensor(encoder.conversation(condensed)[2])
     tokens, seen = len(encoder.conversation(whole)[0]), len(slots)

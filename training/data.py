@@ -56,7 +56,8 @@ class LongMixture:
     Clips of `frames` frames with `shown` shapes in them, of whose other frames `empty` are kept. Shares of the clips:
     `words` are shown in words, of `even` the number of frames is drawn evenly, not by octaves, and in `alike` the
     shapes are a multiple of a hundred seconds apart (`make_alike_clip`), where there is room for them, in `ends` half
-    of them stand at both ends of the clip (`draw_clip`).
+    of them stand at both ends of the clip (`draw_clip`). Up to `beside` of the frames before a shape are kept, too, and
+    as many behind it: in a whole clip these fill its window, and their times differ from its own in a digit or two.
     """
 
     clips: int
@@ -69,6 +70,7 @@ class LongMixture:
     even: float = 0.0
     alike: float = 0.0
     ends: float = 0.0
+    beside: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,15 @@ class Mixture:
     drills: float = 0.0
 
 
-def kept_frames(rng: np.random.Generator, clip: Clip, empty: int) -> tuple[int, ...]:
-    """The frames of a condensed clip: all that show a shape, and up to `empty` others."""
-    kept = {index for index, thing in enumerate(clip.things) if thing}
+def kept_frames(rng: np.random.Generator, clip: Clip, empty: int, beside: int = 0) -> tuple[int, ...]:
+    """The frames of a condensed clip: all that show a shape, 0 to `beside` on either side of each, and up to `empty`
+    others."""
+    shapes = [index for index, thing in enumerate(clip.things) if thing]
+    kept = set(shapes)
     kept.update(int(index) for index in rng.integers(0, len(clip.things), empty))
+    if beside:
+        for index, (before, behind) in zip(shapes, rng.integers(0, beside + 1, (len(shapes), 2)).tolist()):
+            kept.update(range(max(0, index - before), min(len(clip.things), index + behind + 1)))
     return tuple(sorted(kept))
 
 
@@ -238,7 +245,8 @@ class LongBatches(IterableDataset):
             # Groups of one size, so that padding stays small.
             shown = log_uniform(rng, *mixture.shown)
             empty = log_uniform(rng, *mixture.empty)
-            size = max(1, round(mixture.clips * (mixture.shown[0] * mixture.shown[1]) ** 0.5 / (shown + empty / 2)))
+            frames = shown * (1 + mixture.beside) + empty / 2
+            size = max(1, round(mixture.clips * (mixture.shown[0] * mixture.shown[1]) ** 0.5 / frames))
             yield [self._example(rng, shown, empty) for _ in range(min(size, 2 * mixture.clips))]
 
     def _example(self, rng: np.random.Generator, shown: int, empty: int) -> Example:
@@ -249,7 +257,7 @@ class LongBatches(IterableDataset):
         else:
             frames = log_uniform(rng, fewest, most)
         clip = draw_clip(rng, frames, shown, mixture.alike, mixture.ends)
-        kept = kept_frames(rng, clip, empty)
+        kept = kept_frames(rng, clip, empty, mixture.beside)
         questions = make_long_questions(clip, rng, mixture.questions, mixture.kinds)
         return Example(clip, questions, bool(rng.random() < mixture.words), kept=kept)
 

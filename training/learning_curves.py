@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .long_videos import LONG_KINDS
 from .score_plot import plotting_library, save_figure
 
-STAGES = ("long", "far", "warmup", "sparse", "alike", "hundreds", "ends", "settle", "crowd")
+STAGES = ("long", "far", "warmup", "sparse", "alike", "hundreds", "ends", "settle", "beside", "crowd")
 INDEXER = {"indexer_loss": "indexer: KL", "indexer_recall": "indexer: attention caught"}
 
 

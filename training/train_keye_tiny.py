@@ -15,6 +15,7 @@ Stages, each one run of `Trainer` that can be resumed from `DIR/<stage>`:
   hundreds the decoder learns from more clips like those of `alike`, and is asked for shapes alone more often
   ends     ... and from questions about two shapes of many that stand at both ends of a clip, two questions about each
   settle   ... and from more of these, ten to twenty shapes in each, at a lower learning rate
+  beside   ... with the empty frames right before and behind each shape, as in whole clips
   crowd    the indexer learns to find among all tokens of whole clips what the decoder looks at in condensed ones
 Embeddings of the words in transcripts stay as initialised, so that `frames` and the two stages after it do not depend
 on each other: with `--only` they can run side by side, with the same result.
@@ -113,7 +114,7 @@ FAR_MANY = replace(MANY, shown=(4, 24), kinds=(*COMPARED, "first", "last", "coun
 FAR_CROWD = LongMixture(32, (64, 20_000), (4, 20), (10, 120), (*COMPARED, "what"), questions=4, words=0.85, even=0.7)
 LARGE_CROWD = replace(FAR_CROWD, empty=(20, 300))
 # Whole clips; a few are as long as the longest that are asked about.
-CROWD = CrowdMixture(24, (200, 10_000), (8, 20), (*COMPARED, "what"), crowd=28_000, alike=0.3, ends=0.5)
+CROWD = CrowdMixture(24, (200, 10_000), (8, 20), (*COMPARED, "what"), crowd=28_000, alike=0.3, ends=0.5, beside=9)
 ALIKE_FEW, ALIKE_CROWD = (replace(mixture, alike=0.5) for mixture in (FAR_FEW, FAR_CROWD))
 MORE_FEW, MORE_CROWD = (
     replace(mixture, alike=0.8, kinds=(*COMPARED, "what", "what")) for mixture in (FAR_FEW, FAR_CROWD)
@@ -123,6 +124,8 @@ ENDS = LongMixture(
     32, (1_000, 20_000), (6, 20), (4, 40), (*COMPARED, "identity", "what"), questions=2, words=0.9, even=0.7, ends=0.8
 )
 MANY_ENDS = replace(ENDS, shown=(10, 20))
+# A shape with the frames beside it is ten times as long as one alone.
+BESIDE = replace(ENDS, clips=96, shown=(6, 18), questions=3, beside=9)
 
 # The stages in which decoder and indexer learn together, most of them with these settings.
 adapting = partial(Stage, part=DECODER, decay=0.7, indexer="adaptation", dense_every=3)
@@ -140,6 +143,7 @@ STAGES = (
     adapting("hundreds", 500, 1.5e-3, mixtures=(MORE_FEW, MORE_CROWD, FAR_FEW, MORE_FEW, SHORT_CLIPS)),
     adapting("ends", 500, 1.5e-3, mixtures=(ENDS, ENDS, MORE_FEW, ENDS, SHORT_CLIPS)),
     adapting("settle", 400, 1e-3, mixtures=(MANY_ENDS, MANY_ENDS, MORE_FEW, MANY_ENDS, SHORT_CLIPS), decay=0.8),
+    adapting("beside", 600, 1.2e-3, mixtures=(BESIDE, BESIDE, MORE_FEW, BESIDE, SHORT_CLIPS)),
     Stage("crowd", 300, 1e-3, DECODER, decay=0.5, crowd=CROWD),
 )
 # While the decoder learns, its selection is wider than the one that is shipped and that `crowd` is for.

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from modeling_keye import KeyeConfig, KeyeForVideoQA
-from training.data import ClipBatches, ConversationEncoder, Example, FrameBatches, LongMixture, Mixture
+from training.data import (
+    ClipBatches,
+    ConversationEncoder,
+    Example,
+    FrameBatches,
+    LongBatches,
+    LongMixture,
+    Mixture,
+    kept_frames,
+)
 from training.evaluate import evaluate, held_out, is_right, score
 from training.learning_curves import curves, plot_curves, stage_log
 from training.long_videos import make_long_clip
@@ -97,6 +106,25 @@ def test_frames_of_the_tower_can_be_mostly_empty_footage():
         shown = [thing for clip in clips for thing in clip.things]
         assert sum(thing is None for thing in shown) / len(shown) == pytest.approx(nothing, abs=0.05)
         assert sum(clip.background == "footage" for clip in clips) / len(clips) == pytest.approx(footage, abs=0.1)
+
+
+def test_condensed_clips_keep_the_frames_beside_their_shapes():
+    clip = make_long_clip(np.random.default_rng(0), 400, 6)
+    shapes = [index for index, thing in enumerate(clip.things) if thing]
+    alone, beside = (kept_frames(np.random.default_rng(0), clip, 0, most) for most in (0, 5))
+    assert alone == tuple(shapes) and set(shapes) < set(beside) and beside == tuple(sorted(set(beside)))
+    assert all(min(abs(index - shape) for shape in shapes) <= 5 for index in beside)
+    # All of them up to the farthest, on both sides.
+    for index in set(beside) - set(shapes):
+        assert any(abs(index - other) == 1 for other in beside)
+    assert any(index + 1 in shapes for index in beside) and any(index - 1 in shapes for index in beside)
+
+
+def test_batches_with_frames_beside_shapes_have_fewer_clips():
+    mixture = LongMixture(32, (400, 500), (6, 6), (4, 4))
+    usual, wide = (next(iter(LongBatches(replace(mixture, beside=most), 0))) for most in (0, 9))
+    sizes = [sum(len(example.kept) for example in batch) for batch in (usual, wide)]
+    assert len(wide) < len(usual) / 4 and sizes[1] == pytest.approx(sizes[0], rel=0.3)
 
 
 def _smaller(stage):
