@@ -58,6 +58,7 @@ class LongMixture:
     shapes are a multiple of a hundred seconds apart (`make_alike_clip`), where there is room for them, in `ends` half
     of them stand at both ends of the clip (`draw_clip`). Up to `beside` of the frames before a shape are kept, too, and
     as many behind it: in a whole clip these fill its window, and their times differ from its own in a digit or two.
+    With `apart`, no two questions about a clip name the same time, so that no answer can be copied from an earlier one.
     """
 
     clips: int
@@ -71,6 +72,7 @@ class LongMixture:
     alike: float = 0.0
     ends: float = 0.0
     beside: int = 0
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ class LongBatches(IterableDataset):
             frames = log_uniform(rng, fewest, most)
         clip = draw_clip(rng, frames, shown, mixture.alike, mixture.ends)
         kept = kept_frames(rng, clip, empty, mixture.beside)
-        questions = make_long_questions(clip, rng, mixture.questions, mixture.kinds)
+        questions = make_long_questions(clip, rng, mixture.questions, mixture.kinds, mixture.apart)
         return Example(clip, questions, bool(rng.random() < mixture.words), kept=kept)
 
 

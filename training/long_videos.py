@@ -29,6 +29,8 @@ from .synthetic_videos import (
 )
 
 MAX_FRAMES = 20_000
+# How often a question is drawn again when it names what another one names already.
+APART_TRIES = 8
 # identity: is it the same one? The answer names the earlier shape and the later one, then says yes or no: "red star
 # blue star no". change: what was it, what did it become? check: is it this one? first, last: when? earlier: which?
 LONG_KINDS = ("identity", "change", "check", "first", "last", "earlier", "count", "what", "colour")
@@ -263,15 +265,30 @@ class LongQuestions:
 
 
 def make_long_questions(
-    clip: Clip, rng: np.random.Generator, number: int, kinds: tuple[str, ...] = LONG_KINDS
+    clip: Clip,
+    rng: np.random.Generator,
+    number: int,
+    kinds: tuple[str, ...] = LONG_KINDS,
+    apart: bool = False,
 ) -> list[Question]:
-    """Up to `number` questions, kinds in the shares of `kinds` as far as the clip allows."""
+    """Up to `number` questions, kinds in the shares of `kinds` as far as the clip allows.
+
+    With `apart`, no two of them name the same time or the same thing.
+    """
     ask = LongQuestions(clip, rng)
     questions: list[Question] = []
+    named: set[str] = set()
     for kind in _shares(rng, number, kinds):
-        question = ask.ask(kind)
-        if question is not None and question not in questions:
-            questions.append(question)
+        for _ in range(APART_TRIES if apart else 1):
+            question = ask.ask(kind)
+            if (
+                question is not None
+                and question not in questions
+                and not (apart and named.intersection(question.about))
+            ):
+                questions.append(question)
+                named.update(question.about)
+                break
     return questions
 
 

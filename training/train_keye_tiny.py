@@ -124,8 +124,9 @@ ENDS = LongMixture(
     32, (1_000, 20_000), (6, 20), (4, 40), (*COMPARED, "identity", "what"), questions=2, words=0.9, even=0.7, ends=0.8
 )
 MANY_ENDS = replace(ENDS, shown=(10, 20))
-# A shape with the frames beside it is ten times as long as one alone.
-BESIDE = replace(ENDS, clips=96, shown=(6, 18), questions=3, beside=9)
+# A shape with the frames beside it is ten times as long as one alone. More questions about a clip, and nothing to copy.
+APART = replace(ENDS, shown=(10, 20), questions=5, kinds=(*COMPARED, "identity", "identity", "what"), apart=True)
+BESIDE = replace(APART, clips=96, shown=(8, 18), beside=9)
 
 # The stages in which decoder and indexer learn together, most of them with these settings.
 adapting = partial(Stage, part=DECODER, decay=0.7, indexer="adaptation", dense_every=3)
@@ -143,7 +144,7 @@ STAGES = (
     adapting("hundreds", 500, 1.5e-3, mixtures=(MORE_FEW, MORE_CROWD, FAR_FEW, MORE_FEW, SHORT_CLIPS)),
     adapting("ends", 500, 1.5e-3, mixtures=(ENDS, ENDS, MORE_FEW, ENDS, SHORT_CLIPS)),
     adapting("settle", 400, 1e-3, mixtures=(MANY_ENDS, MANY_ENDS, MORE_FEW, MANY_ENDS, SHORT_CLIPS), decay=0.8),
-    adapting("beside", 600, 1.2e-3, mixtures=(BESIDE, BESIDE, MORE_FEW, BESIDE, SHORT_CLIPS)),
+    adapting("beside", 700, 1e-3, mixtures=(BESIDE, APART, BESIDE, MORE_FEW, BESIDE, APART, SHORT_CLIPS), decay=0.8),
     Stage("crowd", 300, 1e-3, DECODER, decay=0.5, crowd=CROWD),
 )
 # While the decoder learns, its selection is wider than the one that is shipped and that `crowd` is for.

@@ -96,6 +96,20 @@ def test_kinds_that_a_clip_has_no_question_for_are_left_out():
     assert len(asked) == len(set(asked)) < 40
 
 
+def test_questions_apart_name_no_time_twice():
+    clip = make_long_clip(np.random.default_rng(2), 2_000, 16)
+    kinds = ("identity", "change", "check", "what")
+
+    def named(apart: bool) -> tuple[int, list[str]]:
+        found = make_long_questions(clip, np.random.default_rng(0), 8, kinds, apart)
+        return len(found), [time for question in found for time in question.about if time[0].isdigit()]
+
+    number, times = named(True)
+    assert number >= 6 and len(times) == len(set(times))
+    number, times = named(False)
+    assert number == 8 and len(times) > len(set(times))
+
+
 def test_plans_and_questions_are_functions_of_the_seed():
     first, again = (make_long_clip(np.random.default_rng(9), 500, 12) for _ in range(2))
     assert first == again != make_long_clip(np.random.default_rng(10), 500, 12)
