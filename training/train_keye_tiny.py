@@ -144,7 +144,7 @@ STAGES = (
     adapting("hundreds", 500, 1.5e-3, mixtures=(MORE_FEW, MORE_CROWD, FAR_FEW, MORE_FEW, SHORT_CLIPS)),
     adapting("ends", 500, 1.5e-3, mixtures=(ENDS, ENDS, MORE_FEW, ENDS, SHORT_CLIPS)),
     adapting("settle", 400, 1e-3, mixtures=(MANY_ENDS, MANY_ENDS, MORE_FEW, MANY_ENDS, SHORT_CLIPS), decay=0.8),
-    adapting("beside", 700, 1e-3, mixtures=(BESIDE, APART, BESIDE, MORE_FEW, BESIDE, APART, SHORT_CLIPS), decay=0.8),
+    adapting("beside", 420, 1e-3, mixtures=(BESIDE, APART, BESIDE, MORE_FEW, BESIDE, APART, SHORT_CLIPS), decay=0.8),
     Stage("crowd", 300, 1e-3, DECODER, decay=0.5, crowd=CROWD),
 )
 # While the decoder learns, its selection is wider than the one that is shipped and that `crowd` is for.
