@@ -281,14 +281,12 @@ def make_long_questions(
     for kind in _shares(rng, number, kinds):
         for _ in range(APART_TRIES if apart else 1):
             question = ask.ask(kind)
-            if (
-                question is not None
-                and question not in questions
-                and not (apart and named.intersection(question.about))
-            ):
-                questions.append(question)
+            if question is None or question in questions or not named.isdisjoint(question.about):
+                continue
+            questions.append(question)
+            if apart:
                 named.update(question.about)
-                break
+            break
     return questions
 
 
