@@ -7,8 +7,9 @@ import tempfile
 # Set before torch or huggingface_hub are imported anywhere: both read the environment once, at import.
 _cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 _threads = str(max(1, _cores // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
-os.environ.setdefault("OMP_NUM_THREADS", _threads)
-os.environ.setdefault("MKL_NUM_THREADS", _threads)
+# Not `setdefault`: a worker inherits what the process that started it, which counts no workers, has set here. Two
+# workers of two threads each on two cores spend most of their time waiting in OpenMP's barriers.
+os.environ.update(OMP_NUM_THREADS=_threads, MKL_NUM_THREADS=_threads)
 _hub_home = tempfile.mkdtemp(prefix="keye-tests-hub-")
 os.environ.update(
     HF_HOME=_hub_home,
