@@ -635,8 +635,12 @@ class KeyeModel(KeyePreTrainedModel):
         shape = inputs_embeds.shape[:2]
         past_length = cached_length(past_key_values, shape[1])
         at_slot = isinstance(past_length, torch.Tensor)
-        if not at_slot and past_length == 0 and input_ids is not None:
-            self._refuse_lone_placeholders(input_ids, features)
+        if not at_slot and past_length == 0:
+            if getattr(past_key_values, "rope_deltas", None) is not None:
+                # The cache was reset: where the prompt before this one went on is no matter of this one.
+                past_key_values.rope_deltas = None
+            if input_ids is not None:
+                self._refuse_lone_placeholders(input_ids, features)
         bounds = packed_bounds(cu_seq_lens_q, position_ids, attention_mask, past_key_values, *shape)
         if bounds is not None and use_cache:
             raise ValueError(

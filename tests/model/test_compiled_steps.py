@@ -81,6 +81,24 @@ def test_positions_behind_a_video(kind):
     compare(model, {key: value for key, value in inputs.items() if key != "attention_mask"}, [1] * 12, turns=2)
 
 
+@torch.no_grad()
+def test_text_behind_the_reset_of_a_video():
+    """What text adds to its slot went with the prompt that said so: a reset cache is a new one."""
+    model = tiny_model("gqa")
+    inputs = video_inputs(model.config, ((3, 4, 6), (2, 6, 4)))
+    step = torch.compile(lambda tokens, cache: model(tokens, past_key_values=cache).logits, backend="aot_eager")
+    reused = StaticCache(config=model.config, max_cache_len=ROOM)
+    for length in (1, PROMPT):
+        reused.reset()
+        continued(model, inputs, text_ids(1, 4), [1] * 4, reused, step)
+        assert int(reused.rope_deltas) != 0
+        reused.reset()
+        prompt, tokens = {"input_ids": text_ids(1, length)}, text_ids(1, 6, seed=9)
+        new = StaticCache(config=model.config, max_cache_len=ROOM)
+        wanted = continued(model, prompt, tokens, [1] * 6, new, step)
+        assert torch.equal(continued(model, prompt, tokens, [1] * 6, reused, step), wanted)
+
+
 def test_only_a_compiled_step_without_gradients_leaves_its_slot_on_the_device():
     model = tiny_model("mla")
     cache = StaticCache(config=model.config, max_cache_len=ROOM)
