@@ -17,6 +17,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from peft import PeftModel
 from transformers import Trainer, set_seed
@@ -35,7 +36,7 @@ from .stages import load_config, load_model, prepare
 from .video_dataset import VideoQADataset
 
 RECORD = "training.json"
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "keye-video-qa")
+PACKAGES = ("transformers", "accelerate", "peft", "datasets", "keye-video-qa")
 
 
 class KeyeTrainer(ExactAnswersMixin, ShardsOnCpuMixin, IndexerTrainer):
@@ -181,7 +182,11 @@ def record(trainer: Trainer, recipe: Recipe) -> dict:
         "steps": trainer.state.global_step,
         "processes": trainer.args.world_size,
         "recipe": dataclasses.asdict(recipe),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,  # with the build, which the package's own version may lack
+            **{name: _version(name) for name in PACKAGES},
+        },
         "log": trainer.state.log_history,
     }
 

@@ -1,7 +1,8 @@
 """Peak memory of a conversion: under twice the largest tensor plus 500 MB, whatever the checkpoint's size.
 
 The sources are sparse files of zeros with the shapes of published checkpoints, so they take no disk. The peak is what
-the kernel has counted for the process (VmHWM): imports, configuration and everything else included.
+the kernel has counted for the process (VmHWM): imports, configuration and everything else included. Imports alone take
+400 MB with a CPU build of torch and 780 MB with a CUDA build, so the conversion itself has 100 MB.
 """
 
 import copy
@@ -25,14 +26,17 @@ from modeling_keye.weights_keye import plan_publishing
 from tests.conversion.full_size import KEYE_2_0, KEYE_671B, VISION
 
 ROOT = Path(__file__).resolve().parents[2]
-ALLOWED = 500 * 10**6
-# Runs the command and prints the peak of its own process, which nothing of the parent's memory adds to.
+ALLOWED, ALLOWED_BESIDE_IMPORTS = 500 * 10**6, 100 * 10**6
+# Runs the command and prints the peak of its own process, before and after: nothing of the parent's memory adds to it.
 MEASURE = """
 import sys
 from conversion.convert import main
+def peak():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+imports = peak()
 code = main(sys.argv[1:])
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(1024 * int(peak.split()[1]))
+print(imports, peak())
 sys.exit(code)
 """
 
@@ -79,17 +83,18 @@ def sparse_source(folder: Path, raw: dict, quantised: bool = False) -> tuple[int
     return file.stat().st_size, max(2 * math.prod(shape) for shape in ours.values())
 
 
-def peak_memory(*arguments) -> int:
-    """Bytes that `python -m conversion.convert` takes at most."""
+def peak_memory(*arguments) -> tuple[int, int]:
+    """Bytes that `python -m conversion.convert` takes at most: its imports, and all of it."""
     command = [sys.executable, "-c", MEASURE, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return int(done.stdout.splitlines()[-1])
+    imports, whole = map(int, done.stdout.splitlines()[-1].split())
+    return imports, whole
 
 
-def convert_there_and_back(tmp_path: Path, raw: dict, quantised: bool = False) -> tuple[int, int, dict[str, int]]:
-    """Bytes of the source and of our largest tensor, and the peaks, which keep the promise in both directions."""
+def convert_there_and_back(tmp_path: Path, raw: dict, quantised: bool = False) -> tuple[int, int]:
+    """Bytes of the source and of our largest tensor; the promise is kept in both directions."""
     size, largest = sparse_source(tmp_path / "source", copy.deepcopy(raw), quantised)
     peaks = {
         "to ours": peak_memory(tmp_path / "source", tmp_path / "ours", "--max-shard-size=1GB"),
@@ -98,18 +103,20 @@ def convert_there_and_back(tmp_path: Path, raw: dict, quantised: bool = False) -
     shutil.rmtree(tmp_path / "ours")
     shutil.rmtree(tmp_path / "back")
     print(json.dumps({"source": size, "largest tensor": largest, **peaks}))
-    assert max(peaks.values()) < 2 * largest + ALLOWED
-    return size, largest, peaks
+    for imports, whole in peaks.values():
+        assert whole - imports < 2 * largest + ALLOWED_BESIDE_IMPORTS
+        assert torch.version.cuda or whole < 2 * largest + ALLOWED
+    return size, largest
 
 
 def test_peak_memory_of_a_small_checkpoint(tmp_path):
-    size, largest, _ = convert_there_and_back(tmp_path, SMALL, quantised=True)
-    # Imports alone take 400 MB: with the whole source in memory, the promise would be broken.
+    size, largest = convert_there_and_back(tmp_path, SMALL, quantised=True)
+    # With the whole source in memory, the promise would be broken.
     assert size > 4 * 10**8 > largest + 10**8
 
 
 @pytest.mark.slow
 def test_peak_memory_of_a_checkpoint_of_8_gb(tmp_path):
     """Keye-VL-2.0 in its published sizes, with as many of its layers as make 8 GB. Needs 18 GB of disk."""
-    size, _, _ = convert_there_and_back(tmp_path, {**KEYE_2_0, "num_hidden_layers": 6})
+    size, _ = convert_there_and_back(tmp_path, {**KEYE_2_0, "num_hidden_layers": 6})
     assert size > 8 * 10**9
