@@ -174,6 +174,7 @@ EARLIER = """
 stages `ends`, `settle` and `crowd`, from the weights of an earlier commit that it names.
 """
 NO_LONG_SCORES = "Not scored."
+LONG_SCORES = "The machine did other work beside some of these runs: the seconds are upper bounds."
 
 
 def score_table(scores: dict, kinds_only: bool = False) -> str:
@@ -238,7 +239,7 @@ def write_card(
         window=text.local_window,
         stride=text.anchor_stride,
         shown=MOST_SHOWN,
-        long="\n\n".join(map(long_section, long_records)) or NO_LONG_SCORES,
+        long="\n\n".join([LONG_SCORES, *map(long_section, long_records)]) if long_records else NO_LONG_SCORES,
         questions=scores["questions"],
         eval_seed=eval_seed,
         table=score_table(scores),
