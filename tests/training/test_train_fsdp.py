@@ -12,6 +12,16 @@ from training.recipe import make_recipe
 
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "examples" / "fsdp2.yaml")]
 
+# Where this repository cannot be imported.
+LOAD = """
+import sys
+from transformers import AutoModel
+sys.path = [entry for entry in sys.path if entry]
+model, info = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
+assert "modeling_keye" not in sys.modules
+print(type(model).__name__, sorted(info["missing_keys"] | info["unexpected_keys"]))
+"""
+
 
 def compare(folder, steps: int):
     """One process takes the two batches of a step in turn, two processes one each."""
@@ -24,6 +34,7 @@ def compare(folder, steps: int):
         for processes in (1, 2)
     }
     recipes[1]["trainer"]["gradient_accumulation_steps"] = 2
+    recipes[2]["trainer"] |= {"save_strategy": "steps", "save_steps": steps}
     assert train.run(make_recipe(recipes[1])) == 0
     config = folder / "recipe.yaml"
     config.write_text(yaml.safe_dump(recipes[2]))
@@ -42,10 +53,16 @@ def compare(folder, steps: int):
     for name, tensor in weights(one).items():
         # Adam turns the rounding of a small gradient into a step of either sign.
         torch.testing.assert_close(saved[name], tensor, rtol=0, atol=2 * steps * 1e-4, msg=name)
+    return two.parent
 
 
 def test_two_processes_are_one(tmp_path):
-    compare(tmp_path, steps=3)
+    output = compare(tmp_path, steps=3)
+    for folder in (output / "final", output / "checkpoint-3"):
+        assert not list(folder.glob("_*.py"))  # torch's own, in which FSDP2 makes the class of the model
+        loaded = python("-c", LOAD, str(folder), cwd=tmp_path, PYTHONPATH="", HF_HUB_OFFLINE="1")
+        assert loaded.returncode == 0, loaded.stderr[-3000:]
+        assert loaded.stdout.split() == ["KeyeForVideoQA", "[]"]
 
 
 @pytest.mark.slow
