@@ -53,6 +53,13 @@ def published_source(folder_or_repo: str | os.PathLike, hub: dict) -> tuple[Layo
     return layout, raw, hub if commit is None else {**hub, "revision": commit}
 
 
+def lacks_processor(folder_or_repo: str | os.PathLike, hub: dict) -> bool:
+    """Whether there is a model but no processor of ours."""
+    if os.path.isfile(folder_or_repo) or _file(folder_or_repo, "config.json", hub) is None:
+        return False
+    return _file(folder_or_repo, "processor_config.json", hub) is None
+
+
 def load_tokenizer(folder_or_repo: str | os.PathLike, layout: Layout, hub: dict, settings: dict):
     """The tokenizer of a published checkpoint, made by the library's own classes."""
     if "auto_map" in get_tokenizer_config(folder_or_repo, **hub):

@@ -15,6 +15,7 @@ from .layouts_keye import Layout
 from .published_config_keye import our_config
 from .published_processor_keye import (
     HUB_OPTIONS,
+    lacks_processor,
     load_tokenizer,
     published_source,
     read_chat_templates,
@@ -127,6 +128,12 @@ class KeyeProcessor(ProcessorMixin):
         hub = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         source = published_source(pretrained_model_name_or_path, hub)
         if source is None:
+            if lacks_processor(pretrained_model_name_or_path, hub):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} holds a model but no processor_config.json. Save the processor "
+                    "beside the model, or, for the decoder of a text checkpoint, put the published one under a vision "
+                    "tower with `python -m conversion.compose`."
+                )
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         layout, raw, hub = source
         settings = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS and name[0] != "_"}
@@ -141,6 +148,8 @@ class KeyeProcessor(ProcessorMixin):
             for_videos["resize_again"] = [for_images["min_pixels"], for_images["max_pixels"]]
         for_videos.update({name: settings[name] for name in KeyeVideosKwargs.__annotations__ if name in settings})
         for_tokenizer = {k: v for k, v in settings.items() if k not in for_images and k not in for_videos}
+        # Prompts of one batch end together, or `generate` would go on behind the padding of the shorter ones.
+        for_tokenizer.setdefault("padding_side", "left")
         tokenizer = load_tokenizer(pretrained_model_name_or_path, layout, hub, for_tokenizer)
         _check_tokens(tokenizer, layout, our_config(raw), pretrained_model_name_or_path)
         if template is None:
@@ -388,8 +397,8 @@ def _refuse_placeholders(conversation: Any) -> None:
             if token is not None:
                 kind = "image" if token == IMAGE_PAD else "video"
                 raise ValueError(
-                    f"the text of a {message.get('role')} message holds {token}, which stands for an {kind}; remove it "
-                    f'and give the {kind} as {{"type": "{kind}", "path": ...}} instead.'
+                    f"the text of a {message.get('role')} message holds {token}, which only the processor writes; "
+                    f'remove it and give the {kind} as {{"type": "{kind}", "path": ...}} instead.'
                 )
 
 

@@ -8,6 +8,8 @@ import torch
 from transformers import AutoModel
 from transformers.utils import logging
 
+from conversion.convert import convert
+from modeling_keye import KeyeProcessor
 from modeling_keye.checkpoint_keye import CheckpointError
 from modeling_keye.configuration_keye import KeyeConfig
 from modeling_keye.modeling_keye import KeyeForVideoQA, KeyeModel, KeyeTextModel, KeyeVisionModel
@@ -299,6 +301,33 @@ def test_saved_again_it_loads_as_remote_code(tmp_path):
     remote = AutoModel.from_pretrained(tmp_path / "ours", trust_remote_code=True)
     assert same(remote.state_dict(), model.state_dict())
     assert torch.equal(logits(remote), logits(model))
+
+
+@pytest.mark.parametrize("layout", ["keye_vl_1_5", "keye_vl_2"])
+def test_a_batch_answers_as_each_prompt_alone(layout, tmp_path):
+    """Prompts of different length, by the published tokenizer and by the one that a conversion saves."""
+    published, ours = write_published(tmp_path / "published", layout), tmp_path / "ours"
+    convert(published, ours, progress=False)
+    questions = ("Why?", "What is to be seen in the last second of the video, and where?")
+    prompts = [[{"role": "user", "content": question}] for question in questions]
+    for folder in (published, ours):
+        batch = answers(folder, prompts)
+        assert not torch.equal(batch[0], batch[1])
+        assert all(torch.equal(batch[place], answers(folder, [prompt])[0]) for place, prompt in enumerate(prompts))
+
+
+def answers(folder: Path, conversations: list[list[dict]]) -> torch.Tensor:
+    """Eight tokens for each conversation, [B, 8]."""
+    inputs = KeyeProcessor.from_pretrained(folder).apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )
+    made = load(folder).generate(**inputs, do_sample=False, max_new_tokens=8, min_new_tokens=8)
+    return made[:, inputs["input_ids"].shape[1] :]
 
 
 def test_generation_settings_of_the_checkpoint(tmp_path):
