@@ -25,6 +25,13 @@ class TooLongError(SkippableError):
     """An example whose answer `max_length` would cut."""
 
 
+def sentence(error: DataError) -> str:
+    """The message of `error` alone: a worker of `DataLoader` puts its own traceback before it."""
+    message = str(error)
+    before, name, own = message.rpartition(f"\n{type(error).__module__}.{type(error).__qualname__}: ")
+    return own.strip() if name and before.startswith("Caught ") else message
+
+
 def suggestion(name: object, known: Iterable[str]) -> str:
     """ "; did you mean 'video'?" for a name close to a known one, "" otherwise."""
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.7)

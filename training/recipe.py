@@ -45,6 +45,8 @@ class DataRecipe:
         on_bad_video: "raise", or "skip" to train on the next readable row and report the file.
         frame_cache: folder for decoded frames.
         video_options: settings of the video processor, such as {fps: 1} or {num_frames: 32}.
+        chat_template: a Jinja file that marks what the assistant says, for a model whose own template does not and
+            writes other prompts than Keye's; see `training.chat_template`.
     """
 
     train: str
@@ -59,6 +61,7 @@ class DataRecipe:
     on_bad_video: Literal["raise", "skip"] = "raise"
     frame_cache: str | None = None
     video_options: dict | None = None
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     }
     try:
         arguments = TrainingArguments(**fields)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise RecipeError(f"`trainer` is refused by TrainingArguments: {' '.join(str(error).split())}") from error
     if recipe.data.eval is None and (arguments.eval_strategy != "no" or arguments.eval_on_start):
         raise RecipeError("`trainer` asks for evaluation, but there is no `data.eval`.")

@@ -83,7 +83,10 @@ def prepare(model: KeyeForVideoQA, recipe: Recipe) -> KeyeForVideoQA | PeftModel
     """Freeze what the stage leaves alone, switch attention and losses; with LoRA, the model with its adapters."""
     text = decoder_of(model).config
     if recipe.router_balance and not any(hasattr(m, "e_score_correction_bias") for m in model.modules()):
-        raise RecipeError(f"`router_balance` is {recipe.router_balance}, but no router of {recipe.model} has a bias.")
+        raise RecipeError(
+            f"`router_balance` is {recipe.router_balance}, but no router of {recipe.model} has a bias to move; set "
+            "`router_balance` to 0."
+        )
     text.indexer_loss_coef = recipe.loss_coef
     text.indexer_stage = "warmup" if recipe.stage == "indexer-warmup" else "adaptation"
     if recipe.stage == "indexer-warmup":

@@ -7,6 +7,7 @@ never stopped, bit for bit.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import os
@@ -14,19 +15,24 @@ import platform
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from modeling_keye import KeyeProcessor
 
+from .chat_template import mark_answers
 from .collator import VideoQACollator
+from .data_errors import sentence
 from .exact_answers import ExactAnswersMixin
 from .indexer_training import IndexerTrainer, decoder_of
+from .model_source import check_source
 from .recipe import Recipe, RecipeError, load_recipe, training_arguments
 from .resuming import LogWithSave, StopOnSignal, check_same_run, find_start, write_json
 from .router_balance import RouterBalance
@@ -52,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(load_recipe(options.config, options.overrides))
     except (RecipeError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
@@ -74,23 +80,12 @@ def run(recipe: Recipe) -> int:
     set_seed(recipe.seed)
     processor = load_processor(recipe)
     datasets = {name: make_dataset(recipe, processor, name) for name in ("train", "eval")}
-    model = prepare(load_model(recipe), recipe)
+    with naming_model(recipe):
+        model = load_model(recipe)
+    model = prepare(model, recipe)
 
     stop = StopOnSignal()
-    trainer = KeyeTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets["eval"],
-        data_collator=VideoQACollator(
-            processor,
-            packed=recipe.data.packed,
-            pad_to_multiple_of=recipe.data.pad_to_multiple_of,
-            config=load_config(recipe),
-        ),
-        processing_class=processor,
-        callbacks=[RouterBalance(recipe.router_balance), LogWithSave(), stop],
-    )
+    trainer = make_trainer(recipe, arguments, model, processor, datasets, stop)
     if trainer.is_fsdp_enabled:
         # All processes gather a layer's weights together, so none may run it once more than another.
         decoder_of(model).config.prefill_chunk_tokens = sys.maxsize
@@ -99,7 +94,15 @@ def run(recipe: Recipe) -> int:
         write_json(output / "recipe.json", values)
         print(f"{recipe.stage}: {trainable(model)}; {f'going on from {start}' if start else 'from the beginning'}")
     with stop.listening():
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+        except KeyError as error:
+            if "metric_for_best_model" not in str(error):
+                raise
+            # Which kinds of questions are scored shows with the first evaluation only.
+            raise RecipeError(str(error.args[0])) from error
+        except ImportError as error:
+            raise lacking(error) from error
     if stop.received and trainer.state.global_step < trainer.state.max_steps:
         if trainer.is_world_process_zero():
             name = signal.Signals(stop.received).name
@@ -112,11 +115,60 @@ def run(recipe: Recipe) -> int:
 
 
 def load_processor(recipe: Recipe) -> KeyeProcessor:
+    """The processor of the model; its chat template marks the answers."""
+    with naming_model(recipe):
+        check_source(recipe.model)
+        processor = KeyeProcessor.from_pretrained(recipe.model)
+    mark_answers(processor, recipe.data.chat_template)
+    return processor
+
+
+@contextlib.contextmanager
+def naming_model(recipe: Recipe) -> Iterator[None]:
+    """What is wrong with the folder of `model`, said by the name of that key."""
     try:
-        return KeyeProcessor.from_pretrained(recipe.model)
-    except OSError as error:
+        yield
+    except RecipeError:
+        raise
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"`model` is {recipe.model!r}, which cannot be read: {reason}") from error
+
+
+def make_trainer(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    model: torch.nn.Module,
+    processor: KeyeProcessor,
+    datasets: dict[str, VideoQADataset | None],
+    stop: StopOnSignal,
+) -> KeyeTrainer:
+    """Raises `RecipeError` where `output` cannot be made or the arguments ask for what is not installed."""
+    collator = VideoQACollator(
+        processor,
+        packed=recipe.data.packed,
+        pad_to_multiple_of=recipe.data.pad_to_multiple_of,
+        config=load_config(recipe),
+    )
+    try:
+        KeyeTrainer.get_optimizer_cls_and_kwargs(arguments, model)  # is made with the first step only
+        return KeyeTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=datasets["train"],
+            eval_dataset=datasets["eval"],
+            data_collator=collator,
+            processing_class=processor,
+            callbacks=[RouterBalance(recipe.router_balance), LogWithSave(), stop],
+        )
+    except OSError as error:
+        raise RecipeError(f"`output` is {recipe.output!r}, where no folder can be made: {error}") from error
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise lacking(error) from error
+
+
+def lacking(error: Exception) -> RecipeError:
+    return RecipeError(f"`trainer` asks for what cannot be had here: {' '.join(str(error).split())}")
 
 
 def make_dataset(recipe: Recipe, processor: KeyeProcessor, part: str) -> VideoQADataset | None:
@@ -164,6 +216,8 @@ def save_final(trainer: Trainer, recipe: Recipe, final: Path) -> None:
     if merges:
         merge(recipe, temporary / "adapter", temporary)
         trainer.processing_class.save_pretrained(temporary)
+    for pickled in temporary.rglob(TRAINING_ARGS_NAME):
+        pickled.unlink()  # says less than the recipe, and nobody should load it
     write_json(temporary / RECORD, record(trainer, recipe))
     os.replace(temporary, final)
 

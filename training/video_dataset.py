@@ -3,7 +3,6 @@
 import json
 import operator
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
+from .chat_template import marks_answers
 from .data_errors import DataError, MediaError, SkippableError, TooLongError, suggestion
 from .frame_cache import with_frame_cache
 from .rows import Row, Rows
@@ -21,7 +21,6 @@ logger = logging.get_logger(__name__)
 
 IGNORE = -100
 MEDIA_TENSORS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Arguments of the video processor that belong to one video, or to the caller of the processor.
 NOT_OPTIONS = {
     "device",
@@ -70,7 +69,11 @@ class VideoQADataset(Dataset):
             raise DataError(f"max_length={max_length!r} must be a positive number of tokens, or None for no limit.")
         if len(rows) == 0:
             raise DataError("there are no rows to train on; give at least one.")
-        _check_template(processor)
+        if not marks_answers(processor.chat_template):
+            raise DataError(
+                "the processor's chat template does not mark what the assistant says, so nobody knows which tokens to "
+                "learn; `training.chat_template.mark_answers(processor)` gives it one that does."
+            )
         self.rows = rows
         self.processor = processor if frame_cache is None else with_frame_cache(processor, frame_cache)
         self.max_length = max_length
@@ -183,18 +186,6 @@ class VideoQADataset(Dataset):
             if any(json.loads(known)["file"] == error.path != "" for known in file):
                 return
             file.write(line + "\n")
-
-
-def _check_template(processor: Any) -> None:
-    template = processor.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not isinstance(template, str) or not GENERATION_MARK.search(template):
-        raise DataError(
-            "the processor's chat template does not mark what the assistant says, so nobody knows which tokens to "
-            "learn; put {% generation %} ... {% endgeneration %} around it, or set processor.chat_template to "
-            "modeling_keye.processing_keye.KEYE_CHAT_TEMPLATE where the markup is <|im_start|>."
-        )
 
 
 def _checked_options(processor: Any, options: dict) -> dict:

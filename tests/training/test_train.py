@@ -1,6 +1,7 @@
 """`python -m training.train`: every stage trains what it says and leaves a checkpoint that anybody can load."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from peft import PeftModel, get_peft_model
 
 from examples.ask_a_video import ask
 from modeling_keye import KeyeForVideoQA, KeyeProcessor
+from tests.conversion.published import write_published
 from tests.model.checkpoints import small_model
 from tests.training.small_runs import KEYE_TINY, logged, make_rows, python, values, weights
 from training import train
@@ -134,6 +136,7 @@ def test_a_finished_run_loads_as_remote_code(adapted, rows, tmp_path):
     result = json.loads(done.stdout.splitlines()[-1])
     stops = json.loads((KEYE_TINY / "generation_config.json").read_text())["eos_token_id"]
     assert result == {"answer": ask(video, "What is shown at 1.0 seconds?", str(adapted)), "ours": [], "stops": stops}
+    assert not list(adapted.rglob("*.bin"))
     record = json.loads((adapted / "training.json").read_text())
     assert record["seed"] == 0 and record["steps"] == 2 and record["recipe"]["lora"]["rank"] == 4
     assert record["versions"]["torch"] == torch.__version__ and record["versions"]["transformers"]
@@ -183,7 +186,13 @@ def test_the_last_question_of_a_conversation():
         ({"qestion": "x"}, {}, "qestion"),
         ({}, {"data": {"max_lenght": 5}}, "the nearest valid key is `data.max_length`"),
         ({}, {"model": "no/such/folder/here"}, "`model` is 'no/such/folder/here'"),
+        ({}, {"model": "README.md"}, "'README.md' is no folder, and no repository of the Hub"),
+        ({}, {"output": str(KEYE_TINY / "config.json")}, "where no folder can be made: "),
         ({}, {"trainer": {"eval_strategy": "epoch"}}, "there is no `data.eval`"),
+        ({}, {"trainer": {"deepspeed": "none.json"}}, "`trainer` is refused by TrainingArguments"),
+        ({}, {"trainer": {"report_to": "not_there"}}, "cannot be had here: not_there is not supported"),
+        ({}, {"trainer": {"optim": "lomo"}}, "cannot be had here: You need to install `lomo_optim`"),
+        ({}, {"data": {"chat_template": "no.jinja"}}, "the chat template 'no.jinja' cannot be read"),
     ],
 )
 def test_what_is_refused_leaves_nothing_behind(row, changes, sentence, rows, tmp_path, capsys):
@@ -201,3 +210,42 @@ def test_what_is_refused_leaves_nothing_behind(row, changes, sentence, rows, tmp
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and sentence in error
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_worker_finds_out_is_one_sentence(rows, tmp_path, capsys):
+    """An unreadable video shows when its row is needed, in a process that only hands its traceback over."""
+    broken = tmp_path / "broken.mp4"
+    broken.write_text("no video\n" * 100)
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"video": str(broken), "question": "What is it?", "answer": "nothing"}))
+    recipe = values(file, tmp_path / "out", "finetune", {"dataloader_num_workers": 1})
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(recipe))
+    assert train.main([str(config)]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert re.search(r"error: rows\.jsonl, row 1: .*broken\.mp4 .*on_bad_video='skip'\.$", error.strip(), re.MULTILINE)
+
+
+def test_a_metric_that_no_evaluation_has(rows, tmp_path):
+    best = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "metric_for_best_model": "foo"}
+    recipe = values(rows, tmp_path, "finetune", best, data={"train": str(rows), "eval": str(rows)})
+    with pytest.raises(train.RecipeError, match="'eval_foo', which is not found.*eval_exact_match"):
+        train.run(make_recipe(recipe))
+
+
+def test_a_published_folder_trains_and_keeps_the_marks(rows, tmp_path):
+    write_published(tmp_path / "published", "keye_vl_1_5")
+    data = {"train": str(rows), "video_options": {"num_frames": 2}}
+    final = run(rows, tmp_path, "indexer-warmup", data=data, model=str(tmp_path / "published"))
+    assert "{%- generation -%}" in (final / "chat_template.jinja").read_text()
+    balanced = values(rows, tmp_path, "sparse-adaptation", data=data, model=str(final), router_balance=0.1)
+    with pytest.raises(train.RecipeError, match="no router of .* has a bias to move; set `router_balance` to 0"):
+        train.run(make_recipe({**balanced, "output": str(tmp_path / "next")}))
+
+
+def test_a_text_checkpoint_is_sent_to_compose(rows, tmp_path):
+    folder = tmp_path / "text"
+    small_model().save_pretrained(folder)
+    with pytest.raises(train.RecipeError, match="no processor_config.json.*conversion.compose"):
+        train.run(make_recipe(values(rows, tmp_path / "out", "finetune", model=str(folder))))
