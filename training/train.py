@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -94,15 +95,7 @@ def run(recipe: Recipe) -> int:
         write_json(output / "recipe.json", values)
         print(f"{recipe.stage}: {trainable(model)}; {f'going on from {start}' if start else 'from the beginning'}")
     with stop.listening():
-        try:
-            trainer.train(resume_from_checkpoint=str(start) if start else None)
-        except KeyError as error:
-            if "metric_for_best_model" not in str(error):
-                raise
-            # Which kinds of questions are scored shows with the first evaluation only.
-            raise RecipeError(str(error.args[0])) from error
-        except ImportError as error:
-            raise lacking(error) from error
+        fit(trainer, start)
     if stop.received and trainer.state.global_step < trainer.state.max_steps:
         if trainer.is_world_process_zero():
             name = signal.Signals(stop.received).name
@@ -130,7 +123,7 @@ def naming_model(recipe: Recipe) -> Iterator[None]:
         yield
     except RecipeError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"`model` is {recipe.model!r}, which cannot be read: {reason}") from error
 
@@ -167,7 +160,21 @@ def make_trainer(
         raise lacking(error) from error
 
 
+def fit(trainer: Trainer, start: Path | None) -> None:
+    """Train from `start` on; raises `RecipeError` for arguments whose fault shows only then."""
+    try:
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+    except ImportError as error:
+        raise lacking(error) from error
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        # Which kinds of questions are scored shows with the first evaluation.
+        raise RecipeError(str(error.args[0])) from error
+
+
 def lacking(error: Exception) -> RecipeError:
+    """`trainer` asks for a package that is missing, or for what this machine cannot do."""
     return RecipeError(f"`trainer` asks for what cannot be had here: {' '.join(str(error).split())}")
 
 

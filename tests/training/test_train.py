@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -242,6 +243,14 @@ def test_a_published_folder_trains_and_keeps_the_marks(rows, tmp_path):
     balanced = values(rows, tmp_path, "sparse-adaptation", data=data, model=str(final), router_balance=0.1)
     with pytest.raises(train.RecipeError, match="no router of .* has a bias to move; set `router_balance` to 0"):
         train.run(make_recipe({**balanced, "output": str(tmp_path / "next")}))
+
+
+def test_damaged_weights_are_the_models_fault(rows, tmp_path):
+    folder = shutil.copytree(KEYE_TINY, tmp_path / "model")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(train.RecipeError, match=r"`model` is '.*', which cannot be read: .*(?i:incomplete|file)"):
+        train.run(make_recipe(values(rows, tmp_path / "out", "finetune", model=str(folder))))
 
 
 def test_a_text_checkpoint_is_sent_to_compose(rows, tmp_path):
