@@ -3,7 +3,8 @@
     python -m benchmarks.readme_table            # rewrites what stands between the markers
     python -m benchmarks.readme_table --check    # exit code 1 when README says something else
 
-The latest run of each device counts; dry runs never do. Without a run the table says "not yet timed".
+The latest run of each device counts; dry runs, runs without CUDA and runs of which no part was finished never do.
+Without a run the table says "not yet timed".
 """
 
 import argparse
@@ -24,9 +25,15 @@ def latest_runs(folder: Path) -> list[dict]:
     for path in sorted(folder.glob("gpu_*.json")):
         run = json.loads(path.read_text())
         known = runs.get(run["device"])
-        if not run["dry_run"] and (known is None or known["started"] < run["started"]):
+        if _on_a_device(run) and (known is None or known["started"] < run["started"]):
             runs[run["device"]] = run | {"file": path.name}
     return [runs[name] for name in sorted(runs)]
+
+
+def _on_a_device(run: dict) -> bool:
+    """Whether something was measured, on CUDA."""
+    done = any(part["state"] == "done" for part in run["parts"].values())
+    return done and not run["dry_run"] and run["versions"]["driver"] is not None
 
 
 def table(runs: list[dict]) -> str:

@@ -5,7 +5,8 @@
 
 Under ten minutes on an H100. Each part runs in a process of its own with a time limit, so that a crash costs that part
 alone; the file is rewritten after each. Checks run side by side and compile what the timed parts need. The exit code
-is 1 when a check failed or a part did not end well. Missing peers are recorded, see `benchmarks/gpu/peers.py`.
+is 1 when a check failed or a part did not end well, 2 where there is no CUDA device. Missing peers are recorded, see
+`benchmarks/gpu/peers.py`.
 """
 
 import argparse
@@ -91,15 +92,21 @@ class Process:
         return result if state == "done" else result | {"log": self.log.read_text()[-LOG_TAIL:]}
 
 
+def cuda_is_there() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def environment(dry_run: bool, commit: str | None) -> dict:
-    """Device, versions and commit, as every result records them."""
+    """Device, versions and commit, as every result records them. No driver means that there was no CUDA device."""
     import torch
 
     device, driver = platform.processor() or platform.machine(), None
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or None
+        driver = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or "unknown"
     if commit is None:
         answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         commit = answer.stdout.strip() or "unknown"
@@ -180,6 +187,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.part:
         run_part(options.part, options.records, options.dry_run, options.peers)
         return 0
+    if not (options.dry_run or cuda_is_there()):
+        print(
+            "PyTorch finds no CUDA device, so nothing was run; use --dry-run to walk every part on the CPU.",
+            file=sys.stderr,
+        )
+        return 2
     began = time.monotonic()
     facts = environment(options.dry_run, options.commit)
     now = datetime.datetime.now(datetime.timezone.utc)

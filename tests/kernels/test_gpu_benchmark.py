@@ -47,6 +47,14 @@ def test_dry_run_walks_every_part(tmp_path, monkeypatch, capsys):
     assert any("of_floor" in entry for entry in records)
 
 
+def test_without_a_device_nothing_is_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run_all.main(["--output", str(tmp_path), "--commit", "abc"]) == 2
+    assert "no CUDA device" in (said := capsys.readouterr().err) and "--dry-run" in said
+    assert list(tmp_path.iterdir()) == []
+    assert run_all.environment(False, "abc")["versions"]["driver"] is None
+
+
 def test_a_part_that_crashes_or_hangs_costs_itself_only(tmp_path):
     crash = run_all.Process([sys.executable, "-c", "print('the reason'); raise SystemExit(3)"], 60, tmp_path / "a.log")
     ended = crash.wait()
@@ -104,8 +112,9 @@ def run_of(device: str, started: str, value: float | None, dry_run: bool = False
         "device": device,
         "started": started,
         "dry_run": dry_run,
-        "versions": {"torch": "2.11.0", "driver": None},
+        "versions": {"torch": "2.11.0", "cuda": "13.0", "driver": "580.1"},
         "commit": "0123456789abcdef",
+        "parts": {"mla": {"state": "done"}, "gqa": {"state": "failed with 1"}},
         "goals": goals.judged(records),
         "records": records,
     }
@@ -127,8 +136,15 @@ def test_table_of_the_readme(tmp_path):
     ):
         (results / f"gpu_{name}.json").write_text(json.dumps(run))
     assert readme_table.main([*options, "--check"]) == 1
+    # Neither a run that found no device, not even with a CUDA build of PyTorch, nor one that got nowhere.
+    without = run_of("x86_64", "2026-01-04", None)
+    without["versions"]["driver"] = None
+    nowhere = run_of("NVIDIA H100", "2026-01-05", None) | {"parts": {"mla": {"state": "failed with 1"}}}
+    (results / "gpu_d.json").write_text(json.dumps(without))
+    (results / "gpu_e.json").write_text(json.dumps(nowhere))
     readme_table.main(options)
     text = readme.read_text()
+    assert "x86_64" not in text
     assert "| 350 (floor) |" in text and "| 200 (" not in text and "CPU" not in text
     assert "1 of 1 checks" in text and "commit 0123456789ab;" in text and "gpu_b.json" in text
 
