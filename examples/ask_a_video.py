@@ -1,6 +1,6 @@
 """Ask a question about a video with the Auto classes: `python examples/ask_a_video.py CLIP.mp4 "QUESTION" [FOLDER]`."""
 
-import sys
+import argparse
 from pathlib import Path
 
 from transformers import AutoModel, AutoProcessor
@@ -21,5 +21,20 @@ def ask(video: str, question: str, folder: str = str(EMBEDDED)) -> str:
     return processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Ask a question about a video with the Auto classes.")
+    parser.add_argument("video", help="a video file")
+    parser.add_argument("question", help="the question, in quotation marks")
+    parser.add_argument("folder", nargs="?", default=str(EMBEDDED), help="of a checkpoint (default: keye-tiny)")
+    options = parser.parse_args()
+    if not Path(options.folder).is_dir():
+        parser.error(f"there is no folder {options.folder}; give the folder of a checkpoint")
+    try:
+        print(ask(options.video, options.question, options.folder))
+    except (OSError, ValueError) as error:  # a video or a checkpoint that cannot be read
+        reason = " ".join(str(error).split())
+        parser.error(f"no answer about {options.video} from the model in {options.folder}: {reason}")
+
+
 if __name__ == "__main__":
-    print(ask(*sys.argv[1:]))
+    main()

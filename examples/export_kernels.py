@@ -7,10 +7,10 @@ The kernels need PyTorch and Triton and nothing else of this repository, so the 
 versions can be loaded into one process, each with operators of its own (`modeling_keye/ops_keye.py`).
 """
 
+import argparse
 import ast
 import json
 import shutil
-import sys
 from hashlib import blake2b
 from pathlib import Path
 
@@ -129,7 +129,15 @@ def export(folder: Path) -> Path:
     return variant
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Copy the Triton kernels into a folder that `kernels` loads.")
+    parser.add_argument("folder", type=Path, help="where to write the kernel repository")
+    folder = parser.parse_args().folder
+    try:
+        print(export(folder))
+    except OSError as error:
+        parser.error(f"nothing was exported to {folder}: {error}")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    print(export(Path(sys.argv[1])))
+    main()

@@ -29,7 +29,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draw a short clip whose content is known.")
     parser.add_argument("path", type=Path, help="where to write the clip, for example clip.mp4")
     path = parser.parse_args().path
-    write_video(demo_clip(), path)
+    if path.is_dir():
+        parser.error(f"{path} is a folder; give the file to write, for example {path / 'clip.mp4'}")
+    try:
+        write_video(demo_clip(), path)
+    except (OSError, ValueError) as error:
+        parser.error(f"{path} cannot be written ({error}); give a file ending in .mp4 in a folder that can be written")
     print(f"{path}: " + ", ".join(f"{second} s {name or 'nothing'}" for second, name in enumerate(STORY)))
 
 

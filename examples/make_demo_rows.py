@@ -42,9 +42,15 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=2, help="rows about each clip (default: 2)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    for name in ("clips", "questions"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}, which leaves no rows; give 1 or more")
     evaluated = max(1, options.clips // 4)
-    print(write_rows(options.folder, "train", options.clips, options.questions, options.seed))
-    print(write_rows(options.folder, "eval", evaluated, options.questions, options.seed + 1))
+    try:
+        print(write_rows(options.folder, "train", options.clips, options.questions, options.seed))
+        print(write_rows(options.folder, "eval", evaluated, options.questions, options.seed + 1))
+    except OSError as error:
+        parser.error(f"{options.folder} cannot be written to ({error}); give another folder")
 
 
 if __name__ == "__main__":

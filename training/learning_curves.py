@@ -46,7 +46,9 @@ def plot_curves(run: Path, path: Path) -> None:
     """
     logs = {stage: stage_log(run / stage) for stage in STAGES if (run / stage).is_dir()}
     if not logs:
-        raise FileNotFoundError(f"{run} holds none of the stages {', '.join(STAGES)}.")
+        raise FileNotFoundError(
+            f"{run} holds none of the stages {', '.join(STAGES)}; name the --output of train_keye_tiny."
+        )
     figure = plotting_library().Figure(figsize=(4.0 * len(logs), 3.8))
     for panel, (stage, log) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items()):
         found = curves(log)
@@ -66,7 +68,10 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="its --output")
     parser.add_argument("picture", type=Path, help=".svg or .png file to write")
     arguments = parser.parse_args()
-    plot_curves(arguments.run, arguments.picture)
+    try:
+        plot_curves(arguments.run, arguments.picture)
+    except (OSError, ValueError, ImportError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,14 @@ def main() -> None:
     parser.add_argument("scores", type=Path, help="the --json file of `python -m training.evaluate --long`")
     parser.add_argument("picture", type=Path, help=".svg or .png file to write")
     arguments = parser.parse_args()
-    plot_scores(json.loads(arguments.scores.read_text()), arguments.picture)
+    try:
+        found = json.loads(arguments.scores.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"{arguments.scores} holds no scores ({error}); give what training.evaluate --long --json wrote")
+    try:
+        plot_scores(found, arguments.picture)
+    except (OSError, ValueError, ImportError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

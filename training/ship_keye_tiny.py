@@ -264,6 +264,13 @@ def main() -> None:
         "--long", type=Path, nargs="*", default=[], metavar="FILE", help="records of training.evaluate --long --json"
     )
     arguments = parser.parse_args()
+    # An hour of evaluation comes before the records are needed.
+    for path in (arguments.run / "run.json", arguments.run / "weights.safetensors", *arguments.long):
+        if not path.is_file():
+            parser.error(
+                f"there is no file {path}; --run takes the --output of a train_keye_tiny that ran to its end, "
+                "--long the files that evaluate wrote"
+            )
 
     run = json.loads((arguments.run / "run.json").read_text())
     model = KeyeForVideoQA(KeyeConfig.from_preset("keye-tiny"))

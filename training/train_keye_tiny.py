@@ -34,6 +34,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -373,8 +374,12 @@ def main() -> None:
     tokenizer = build_tokenizer()
     model = KeyeForVideoQA(KeyeConfig.from_preset("keye-tiny"))
     if arguments.start is not None:
+        try:
+            weights = load_file(arguments.start)
+        except (OSError, SafetensorError) as error:
+            parser.error(f"--start {arguments.start} cannot be read ({error}); give the safetensors of a keye-tiny")
         # The warm-up begins with a new indexer.
-        load_grown(model, load_file(arguments.start), with_indexer="warmup" not in (arguments.only or ["warmup"]))
+        load_grown(model, weights, with_indexer="warmup" not in (arguments.only or ["warmup"]))
     encoder = ConversationEncoder(tokenizer)
     fixed = word_ids(encoder)
     model.get_input_embeddings().weight.register_hook(lambda gradient: gradient.index_fill(0, fixed, 0.0))
