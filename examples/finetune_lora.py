@@ -1,6 +1,6 @@
-"""LoRA on one's own videos, rows {video, question, answer}: `python -m examples.finetune_lora ROWS.jsonl OUTPUT`."""
+"""LoRA on one's own videos, rows {video, question, answer}: `python -m examples.finetune_lora ROWS OUTPUT [MODEL]`."""
 
-import argparse
+import sys
 from pathlib import Path
 
 from peft import get_peft_model
@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_keye import KeyeForVideoQA, KeyeProcessor
 from training.collator import VideoQACollator
-from training.rows import DataError, load_rows
+from training.rows import load_rows
 from training.stages import lora_config
 from training.video_dataset import VideoQADataset
 
@@ -35,14 +35,6 @@ def finetune(rows: str, output: str, folder: str = "checkpoints/keye-tiny", **op
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows")
-    parser.add_argument("output")
-    parser.add_argument("folder", nargs="?", default="checkpoints/keye-tiny")
-    options = parser.parse_args()
-    if not Path(options.folder).is_dir():
-        parser.error(f"there is no folder {options.folder}; give the folder of a checkpoint")
-    try:
-        print(finetune(**vars(options)))
-    except DataError as error:
-        parser.error(str(error))
+    if len(sys.argv) not in (3, 4):
+        sys.exit(__doc__)
+    print(finetune(*sys.argv[1:]))
