@@ -3,15 +3,18 @@
     keye ask clip.mp4 "What is shown at 3.0 seconds?"
     keye info
 
-Exit codes: 0 done, 2 the input cannot be used (one sentence on stderr says why and what to do), 130 interrupted.
-The answer and the times of the frames that were looked at go to stdout, progress to stderr.
+Exit codes: 0 done, 2 the input cannot be used (one sentence on stderr says why and what to do), 130 interrupted, 141
+nobody reads the output any more. The answer and the times of the frames that were looked at go to stdout, progress to
+stderr.
 
-Heavy packages are imported inside functions, so that `--help` and mistakes in the arguments answer at once.
+Even `--help` takes seconds: this file belongs to a package whose import registers the Auto classes, and with them come
+torch and transformers.
 """
 
 import argparse
 import json
 import os
+import platform
 import re
 import sys
 import textwrap
@@ -19,15 +22,32 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+from av.error import FFmpegError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import OutOfMemoryError
+from tqdm import tqdm
+from transformers.utils import is_torch_mps_available, logging
+
+from .configuration_keye import KeyeConfig
+from .layouts_keye import LAYOUTS, detect_layout
+from .modeling_keye import KeyeForVideoQA
+from .processing_keye import KeyeProcessor
+from .sparse_attention_keye import BACKENDS, resolve_backend
+
 BAD_INPUT = 2
 INTERRUPTED = 130
+# What a shell reports of a program that SIGPIPE ended.
+BROKEN_PIPE = 141
 
 # The embedded checkpoint lies beside the package in a checkout; an installed wheel does not carry it.
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "keye-tiny"
-MODEL_TYPE = "keye"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Longest answer where neither the option nor the context says less.
 MAX_NEW_TOKENS = 256
@@ -61,7 +81,22 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (default: the process's own) and return its exit code."""
     try:
-        args = build_parser().parse_args(argv)
+        try:
+            return _run(argv)
+        finally:
+            # Behind this function nobody could catch that the reader of a pipe is gone.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What stdout still holds is written when the process ends, and must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        args, unknown = build_parser().parse_known_args(argv)
+        if unknown:
+            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         return args.command(args)
     except InputError as error:
         # One line, whatever a library put into its message.
@@ -78,13 +113,13 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     ask = commands.add_parser("ask", help="answer a question about a video file")
-    ask.set_defaults(command=_ask)
+    ask.set_defaults(command=_ask, parser=ask)
     ask.add_argument("video", metavar="VIDEO", help="a video file")
     ask.add_argument("question", metavar="QUESTION", help="the question, in quotation marks")
     ask.add_argument(
         "--model",
         default=os.environ.get("KEYE_MODEL") or str(DEFAULT_MODEL),
-        help="checkpoint folder or Hub repository (default: KEYE_MODEL, else the embedded keye-tiny)",
+        help="checkpoint folder or Hub repository, ours or a published Keye (default: KEYE_MODEL, else keye-tiny)",
     )
     sampling = ask.add_mutually_exclusive_group()
     sampling.add_argument("--fps", type=_positive(float), metavar="N", help="look at N frames per second of video")
@@ -101,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     info = commands.add_parser("info", help="report versions and devices, to paste into an issue")
-    info.set_defaults(command=_info)
+    info.set_defaults(command=_info, parser=info)
     return parser
 
 
@@ -141,12 +176,6 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 def _answer(args: argparse.Namespace, folder: Path, question: str, device: str) -> dict:
-    import torch
-
-    from .configuration_keye import KeyeConfig
-    from .modeling_keye import KeyeForVideoQA
-    from .processing_keye import KeyeProcessor
-
     seconds: dict[str, float] = {}
     # The video is read before the weights, so that a file which is no video is refused at once.
     with _stage("reading frames", args.progress, seconds) as bar:
@@ -253,9 +282,15 @@ def _find_checkpoint(name: str) -> Path:
         folder = _download_checkpoint(name)
     if not folder.is_dir():
         raise InputError(f"{name} is not a folder; --model takes the folder that holds config.json and *.safetensors")
-    model_type = _read_json(folder / "config.json", "the configuration").get("model_type")
-    if model_type != MODEL_TYPE:
-        raise InputError(f"{folder} holds a model of type {model_type!r}; this command reads type {MODEL_TYPE!r}")
+    raw = _read_json(folder / "config.json", "the configuration")
+    with _refusals(str(folder)):
+        layout = detect_layout(raw)
+    if layout is None and raw.get("model_type") != KeyeConfig.model_type:
+        raise InputError(
+            f"{folder} holds a model of type {raw.get('model_type')!r}, a part of Keye; give the folder of a whole "
+            f"model, type {KeyeConfig.model_type!r}"
+        )
+    _check_sees_videos(folder)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         pickles = sorted(path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern))
@@ -276,9 +311,21 @@ def _find_checkpoint(name: str) -> Path:
     return folder
 
 
-def _download_checkpoint(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+def _check_sees_videos(folder: Path) -> None:
+    """Refuse a converted text checkpoint, which lacks a processor because the published one had none."""
+    record = folder / "conversion.json"
+    if (folder / "processor_config.json").exists() or not record.exists():
+        return
+    layout = LAYOUTS.get(_read_json(record, "the record of the conversion").get("layout"))
+    if layout is not None and not layout.has_vision:
+        raise InputError(
+            f"{folder} was converted from a text checkpoint ({layout.name}) and cannot look at a video; "
+            "`python -m conversion.compose --text PUBLISHED --vision KEYE DST` puts the decoder of the published one "
+            "under a vision tower"
+        )
 
+
+def _download_checkpoint(name: str) -> Path:
     with _refusals(f"{name} is neither a folder nor a Hub repository that can be reached"):
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]))
 
@@ -296,8 +343,6 @@ def _read_json(path: Path, what: str) -> dict:
 
 
 def _check_safetensors(path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="numpy"):
             pass
@@ -306,8 +351,6 @@ def _check_safetensors(path: Path) -> None:
 
 
 def _check_device(name: str) -> str:
-    import torch
-
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -346,11 +389,6 @@ _LOADING_ERRORS = (TypeError, KeyError, AttributeError, RuntimeError)
 @contextmanager
 def _refusals(prefix: str = "", also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn the errors by which our own files and the libraries refuse a file or a value into one sentence."""
-    from av.error import FFmpegError
-    from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
-    from safetensors import SafetensorError
-    from torch import OutOfMemoryError
-
     try:
         yield
     except OutOfMemoryError:
@@ -361,8 +399,6 @@ def _refusals(prefix: str = "", also: tuple[type[Exception], ...] = ()) -> Itera
 
 @contextmanager
 def _out_of_memory() -> Iterator[None]:
-    from torch import OutOfMemoryError
-
     try:
         yield
     except OutOfMemoryError as error:
@@ -374,8 +410,6 @@ def _out_of_memory() -> Iterator[None]:
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Keep stderr for our own progress and our own sentence."""
-    from transformers.utils import logging
-
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -392,8 +426,6 @@ def _quiet_libraries() -> Iterator[None]:
 @contextmanager
 def _stage(name: str, shown: bool, seconds: dict[str, float], total: int | None = None) -> Iterator[Any]:
     """A tqdm line on stderr that is gone when the stage is done; its duration goes into `seconds`."""
-    from tqdm import tqdm
-
     start = time.perf_counter()
     with tqdm(total=total, desc=name, file=sys.stderr, disable=not shown, leave=False) as bar:
         yield bar
@@ -421,13 +453,6 @@ class _TokenCounter:
 
 def _info(args: argparse.Namespace) -> int:
     """Print what a reader of an issue has to know about the environment."""
-    import platform
-
-    import torch
-    from transformers.utils import is_torch_mps_available
-
-    from .sparse_attention_keye import BACKENDS, resolve_backend
-
     devices = [torch.device("cpu")]
     lines = [
         ("keye-video-qa", _version("keye-video-qa") or "not installed, run from a checkout"),
@@ -452,8 +477,6 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version(package)
     except PackageNotFoundError:

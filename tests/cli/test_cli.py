@@ -1,7 +1,7 @@
 """The `keye` command: what it prints, and one clear sentence with exit code 2 for each kind of bad input."""
 
-import ast
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_keye import cli_keye
 from modeling_keye.cli_keye import main
+from tests.conversion.published import VISION_LAYOUTS, write_published
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "What is shown at 1.0 seconds?"
@@ -222,6 +223,12 @@ def test_wrong_arguments(refused, argv):
     assert "--help" in refused(*argv)
 
 
+def test_wrong_option_points_to_its_command(refused, clip):
+    for argv in (("ask", clip, QUESTION, "--nope"), ("ask", clip, QUESTION, "--fps", 0), ("ask", clip)):
+        assert "see `keye ask --help`" in refused(*argv)
+    assert "unrecognized arguments: --nope; see `keye info --help`" in refused("info", "--nope")
+
+
 # ---- the checkpoint ----
 
 
@@ -261,7 +268,32 @@ def test_contradictory_configuration(refused, clip, copy_of):
 
 def test_checkpoint_of_another_model(refused, clip, copy_of):
     (copy_of / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 8}))
-    assert "of type 'bert'" in refused("ask", clip, QUESTION, "--model", copy_of)
+    sentence = refused("ask", clip, QUESTION, "--model", copy_of)
+    assert str(copy_of) in sentence and "model_type 'bert', which is no checkpoint that Keye can load" in sentence
+
+
+def test_checkpoint_of_a_part(refused, clip, copy_of):
+    (copy_of / "config.json").write_text(json.dumps({"model_type": "keye_text"}))
+    assert "of type 'keye_text', a part of Keye" in refused("ask", clip, QUESTION, "--model", copy_of)
+
+
+@pytest.mark.parametrize("layout", VISION_LAYOUTS)
+def test_published_checkpoint(ask, clip, tmp_path, layout):
+    out, _ = ask(clip, QUESTION, "--model", write_published(tmp_path / layout, layout), "--max-new-tokens", 2, "--json")
+    answer = json.loads(out)
+    assert answer["new_tokens"] >= 1 and [frame["time"] for frame in answer["frames"]] == [n / 2 for n in range(8)]
+
+
+def test_text_checkpoint(refused, clip, tmp_path, copy_of):
+    folder = write_published(tmp_path / "published", "deepseek_v3")
+    sentence = refused("ask", clip, QUESTION, "--model", folder)
+    assert "is a text checkpoint (deepseek_v3)" in sentence and "`python -m conversion.compose`" in sentence
+    # What marks a converted one; converting it would write a whole new vision tower.
+    (copy_of / "processor_config.json").unlink()
+    (copy_of / "conversion.json").write_text(json.dumps({"format": 1, "layout": "deepseek_v3"}))
+    sentence = refused("ask", clip, QUESTION, "--model", copy_of)
+    assert "was converted from a text checkpoint (deepseek_v3)" in sentence
+    assert "`python -m conversion.compose --text PUBLISHED --vision KEYE DST`" in sentence
 
 
 def test_no_weights(refused, clip, copy_of):
@@ -337,13 +369,15 @@ def test_ctrl_c(clip, tiny_checkpoint):
     assert b"Traceback" not in err
 
 
-def test_arguments_are_checked_before_heavy_imports():
-    """Only the standard library is imported at the top, so that `keye --help` does not wait for torch."""
-    tree = ast.parse(Path(cli_keye.__file__).read_text())
-    top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names)
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
+def test_nobody_reads_the_output():
+    """As behind `| true`: the command ends as other tools do, without a word."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "modeling_keye", "info"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def set_text_config(folder: Path, **changes: object) -> None:
