@@ -3,6 +3,8 @@
 Every clip is written to an H.264 file, read by the checkpoint's own processor and answered by greedy `generate`. An
 answer counts when it equals the expected one, letter case and outer spaces aside. The last line is one JSON document.
 With `--long` the clips are those of `evaluate_long`.
+
+Exit codes: 0 done, 2 an option cannot be used (one sentence on stderr says why).
 """
 
 import argparse
@@ -16,13 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForMultimodalLM, AutoProcessor
+from huggingface_hub.errors import StrictDataclassError
 
-import modeling_keye  # noqa: F401 registers the Auto classes
+from modeling_keye import KeyeForVideoQA, KeyeProcessor
+from modeling_keye.cli_keye import HUB_ID
 
 from . import evaluate_long
 from .exact_answers import is_right
-from .long_plan import checked_kinds
+from .long_plan import OptionError, checked_kinds
 from .long_videos import LONG_KINDS
 from .synthetic_videos import FRAME_SIZE, KINDS, TWO_WORD_KINDS, Clip, Question, make_clip, make_questions, write_video
 
@@ -108,7 +111,9 @@ def evaluate(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Score a checkpoint on held-out clips read from H.264 files.")
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate", description="Score a checkpoint on held-out clips read from H.264 files."
+    )
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub name")
     parser.add_argument(
         "--questions", type=int, help="questions (500); with --long per kind or, where it compares, per distance (50)"
@@ -123,28 +128,56 @@ def main() -> None:
     evaluate_long.add_options(parser)
     arguments = parser.parse_args()
     try:
+        check_drawing(arguments)
         run = evaluate_long.prepare(arguments) if arguments.long else prepare(arguments)
-    except (ValueError, ImportError) as problem:
-        parser.error(str(problem))
-    model = AutoModelForMultimodalLM.from_pretrained(arguments.model).eval()
-    processor = AutoProcessor.from_pretrained(arguments.model)
-    started = time.perf_counter()
-    scores = run(model, processor)
+        model, processor = load(arguments.model)
+        started = time.perf_counter()
+        scores = run(model, processor)
+    except OptionError as problem:
+        parser.exit(2, f"evaluate: {problem}\n")
     seconds = round(time.perf_counter() - started, 1)
     command = " ".join(["python -m training.evaluate", *sys.argv[1:]])
     print(json.dumps({**scores, "seed": arguments.seed, "seconds": seconds, "command": command}))
 
 
+def check_drawing(arguments: argparse.Namespace) -> None:
+    """Raise `OptionError` for a seed or a size that no clip can be drawn with."""
+    if arguments.seed < 0:
+        raise OptionError(f"--seed {arguments.seed} must be at least 0.")
+    if arguments.size < 1 or arguments.size % FRAME_SIZE:
+        raise OptionError(f"--size {arguments.size} must be a multiple of {FRAME_SIZE}.")
+
+
+def load(name: str) -> tuple[KeyeForVideoQA, KeyeProcessor]:
+    """Model and processor of a checkpoint folder or a Hub repository. Raises `OptionError`."""
+    folder = Path(name)
+    if not folder.is_dir() and (folder.exists() or not HUB_ID.fullmatch(name)):
+        raise OptionError(
+            f"--model {name} is no folder, and no repository of the Hub has such a name (it would be OWNER/NAME)."
+        )
+    try:
+        processor = KeyeProcessor.from_pretrained(name)
+        return KeyeForVideoQA.from_pretrained(name).eval(), processor
+    except (OSError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise OptionError(f"--model {name} cannot be loaded: {reason}.") from error
+
+
 def prepare(arguments: argparse.Namespace) -> Callable:
     """Check the options of short clips; the result runs the evaluation for (model, processor) and returns its scores.
 
-    Raises `ValueError` for what does not fit together.
+    Raises `OptionError` for what does not fit together.
     """
+    long = [f"--{name}" for name in evaluate_long.LONG_OPTIONS if getattr(arguments, name) is not None]
+    if long:
+        raise OptionError(f"{', '.join(long)}: only for long clips; add --long or leave this out.")
     kinds = checked_kinds(arguments.kinds, SHORT_KINDS) or KINDS
     frames = tuple(arguments.frames or (4, 12))
     if len(frames) != 2 or not 1 <= frames[0] <= frames[1]:
-        raise ValueError(f"--frames {' '.join(map(str, frames))}: give the shortest and the longest clip (or --long).")
+        raise OptionError(f"--frames {' '.join(map(str, frames))}: give the shortest and the longest clip (or --long).")
     questions = 500 if arguments.questions is None else arguments.questions
+    if questions < 1:
+        raise OptionError(f"--questions {questions} must be at least 1.")
 
     def run(model, processor) -> dict:
         scores, results = evaluate(model, processor, questions, arguments.seed, frames, arguments.size, kinds)

@@ -25,13 +25,25 @@ except ImportError:  # Windows has none
     resource = None
 
 from .exact_answers import is_right
-from .long_plan import LongPlan, checked_kinds, held_out_long
+from .long_plan import LongPlan, OptionError, checked_kinds, held_out_long
 from .long_videos import LONG_KINDS, NO, YES
 from .resuming import write_json
-from .score_plot import plot_scores, plotting_library
+from .score_plot import check_picture, plot_scores
 from .score_tables import accuracy, cell, grouped, markdown
 from .synthetic_videos import Question, write_video
-from .video_memory import MODES, ReadVideo, VideoMemory, attention_mode, prefill_share, question_ids, read_video
+from .video_memory import (
+    MODES,
+    ReadVideo,
+    VideoMemory,
+    attention_mode,
+    decoder_layers,
+    prefill_share,
+    question_ids,
+    read_video,
+)
+
+# Options of `training.evaluate` that say nothing about short clips.
+LONG_OPTIONS = ("clips", "shown", "distances", "modes", "topk", "json", "plot")
 
 
 def evaluate_long(
@@ -41,11 +53,16 @@ def evaluate_long(
     mode, and "readings" with one per clip and mode.
 
     `path`: JSON file that receives the record after every clip and mode, and from which an earlier one is taken up.
+
+    Raises `OptionError`, before anything is read, for what the plan, the model or an earlier record does not allow.
     """
     plan.check()
     for mode in modes:
-        with attention_mode(model, mode, topk):
-            pass  # what this model lacks is refused before anything is read
+        try:
+            with attention_mode(model, mode, topk):
+                pass
+        except ValueError as error:
+            raise OptionError(str(error)) from error
     record = open_record(path, {**asdict(plan), "topk": topk, "weights": fingerprint(model)})
     with tempfile.TemporaryDirectory() as folder:
         for frames in plan.frames:
@@ -116,19 +133,23 @@ def fingerprint(model) -> str:
 
 
 def open_record(path: Path | None, settings: dict) -> dict:
-    """The record in a file, or an empty one; raises `ValueError` when the file belongs to other settings."""
+    """The record in a file, or an empty one; raises `OptionError` when the file is another, or of other settings."""
     settings = json.loads(json.dumps(settings))
     if path is None or not path.exists():
         return {"settings": settings, "answers": [], "readings": []}
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+        found = {name: found[name] for name in ("settings", "answers", "readings")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise OptionError(f"--json {path} is there and holds no record of an evaluation; name another file.") from error
     for name, value in settings.items():
         before = found["settings"].get(name)
         if before != value:
-            raise ValueError(
+            raise OptionError(
                 f"{path} holds the answers of a run with {name} = {before}, this one has {value}. Name another file "
                 "with --json, or remove this one."
             )
-    return {name: found[name] for name in ("settings", "answers", "readings")}
+    return found
 
 
 def scores(record: dict) -> dict:
@@ -228,6 +249,12 @@ def tables(found: dict) -> str:
     return "\n\n".join(parts)
 
 
+def modes_of(model) -> tuple[str, ...]:
+    """The modes that a model has: all, or without an indexer those that need none."""
+    has_indexer = any(layer.indexer is not None for layer in decoder_layers(model))
+    return tuple(mode for mode in MODES if has_indexer or mode != "untrained")
+
+
 def peak_memory() -> float | None:
     """The most memory that this process has held, in GiB; None on systems that do not say."""
     if resource is None:
@@ -240,12 +267,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of `training.evaluate` that need `--long`."""
     group = parser.add_argument_group("long clips")
     group.add_argument("--long", action="store_true", help="ask about long clips with shapes far apart")
-    group.add_argument("--clips", type=int, default=LongPlan.clips, help="clips per length")
-    group.add_argument("--shown", type=int, default=LongPlan.shown, help="shapes per clip")
-    group.add_argument(
-        "--distances", type=int, nargs="+", default=(), help="frames between the shapes that a question compares"
-    )
-    group.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="what queries attend to")
+    group.add_argument("--clips", type=int, help=f"clips per length ({LongPlan.clips})")
+    group.add_argument("--shown", type=int, help=f"shapes per clip ({LongPlan.shown})")
+    group.add_argument("--distances", type=int, nargs="+", help="frames between the shapes that a question compares")
+    group.add_argument("--modes", nargs="+", choices=MODES, help="what queries attend to (all that the model has)")
     group.add_argument("--topk", type=int, help="tokens that the indexer chooses, in place of the checkpoint's")
     group.add_argument("--json", type=Path, metavar="FILE", help="record of all answers; goes on from an earlier one")
     group.add_argument("--plot", type=Path, metavar="FILE", help="accuracy by distance as .svg or .png (matplotlib)")
@@ -254,24 +279,35 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def prepare(arguments: argparse.Namespace) -> Callable:
     """Check the options; the result runs the evaluation for (model, processor), prints tables and returns the scores.
 
-    Raises `ValueError` for what does not fit together, `ImportError` for a plot without matplotlib.
+    Raises `OptionError` for what does not fit together, and so does the result for what the model lacks.
     """
+    numbers = {name: getattr(arguments, name) for name in ("clips", "shown", "questions")}
     plan = LongPlan(
         frames=tuple(dict.fromkeys(arguments.frames or LongPlan.frames)),
-        clips=arguments.clips,
-        shown=arguments.shown,
-        distances=tuple(dict.fromkeys(arguments.distances)),
-        questions=LongPlan.questions if arguments.questions is None else arguments.questions,
+        distances=tuple(dict.fromkeys(arguments.distances or LongPlan.distances)),
         kinds=checked_kinds(arguments.kinds, LONG_KINDS) or LONG_KINDS,
         seed=arguments.seed,
         size=arguments.size,
+        **{name: number for name, number in numbers.items() if number is not None},
     )
     plan.check()
+    if arguments.topk is not None and arguments.topk < 1:
+        raise OptionError(f"--topk {arguments.topk} must be at least 1.")
+    for name in ("json", "plot"):
+        path = getattr(arguments, name)
+        if path is not None and not path.parent.is_dir():
+            raise OptionError(f"--{name} {path} cannot be written, because there is no folder {path.parent}; make it.")
     if arguments.plot is not None:
-        plotting_library()
+        try:
+            check_picture(arguments.plot)
+        except (ValueError, ImportError) as error:
+            raise OptionError(f"--plot: {error}") from error
 
     def run(model, processor) -> dict:
-        record = evaluate_long(model, processor, plan, tuple(arguments.modes), arguments.topk, arguments.json)
+        modes = tuple(arguments.modes or modes_of(model))
+        if left_out := [mode for mode in MODES if arguments.modes is None and mode not in modes]:
+            print(f"This model has no indexer: the mode {', '.join(left_out)} is left out.", file=sys.stderr)
+        record = evaluate_long(model, processor, plan, modes, arguments.topk, arguments.json)
         found = {**scores(record), "peak_memory_gib": peak_memory()}
         wrong = [answer for answer in record["answers"] if not answer["right"]]
         for answer in wrong[: arguments.show_errors]:

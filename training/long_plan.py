@@ -16,11 +16,15 @@ COMPARING = ("identity", "change")
 TRIES = 20
 
 
+class OptionError(ValueError):
+    """An option of an evaluation asks for what cannot be done. The message names it, in one sentence."""
+
+
 def checked_kinds(named: list[str] | None, allowed: tuple[str, ...]) -> tuple[str, ...]:
-    """The kinds of questions that an option names; raises `ValueError` for one that is not asked."""
+    """The kinds of questions that an option names; raises `OptionError` for one that is not asked."""
     unknown = [kind for kind in named or () if kind not in allowed]
     if unknown:
-        raise ValueError(f"--kinds {' '.join(unknown)}: choose among {', '.join(allowed)}.")
+        raise OptionError(f"--kinds {' '.join(unknown)}: choose among {', '.join(allowed)}.")
     return tuple(named or ())
 
 
@@ -42,20 +46,22 @@ class LongPlan:
     size: int = FRAME_SIZE
 
     def check(self) -> None:
-        """Raise `ValueError` where clips cannot be drawn like this."""
+        """Raise `OptionError` where clips cannot be drawn like this."""
         for frames in self.frames:
-            if not 2 <= self.shown <= frames <= MAX_FRAMES:
-                raise ValueError(
-                    f"--shown {self.shown} shapes do not fit into --frames {frames}; a clip has 2 to {MAX_FRAMES} "
-                    "frames, and 2 to all of them show a shape."
+            if not 2 <= frames <= MAX_FRAMES:
+                raise OptionError(f"--frames {frames} is no length of a clip; name one between 2 and {MAX_FRAMES}.")
+            if not 2 <= self.shown <= frames:
+                raise OptionError(
+                    f"--shown {self.shown} shapes do not fit into --frames {frames}; from 2 to all of them "
+                    "show a shape."
                 )
             if self.distances and not self.distances_in(frames):
-                raise ValueError(
+                raise OptionError(
                     f"None of --distances {' '.join(map(str, self.distances))} fits into --frames {frames}; name one "
                     f"between 1 and {frames - 1}."
                 )
         if self.clips < 1 or self.questions < 1:
-            raise ValueError(f"--clips {self.clips} and --questions {self.questions} must be at least 1.")
+            raise OptionError(f"--clips {self.clips} and --questions {self.questions} must be at least 1.")
 
     def distances_in(self, frames: int) -> tuple[int, ...]:
         """The distances that a clip of so many frames has room for."""

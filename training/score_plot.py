@@ -21,6 +21,13 @@ def plotting_library():
     return importlib.import_module("matplotlib.figure")
 
 
+def check_picture(path: Path) -> None:
+    """Raises `ValueError` for a file of a kind that cannot be drawn, `ImportError` without matplotlib."""
+    kinds = plotting_library().Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"{path} cannot be drawn; name a file that ends in .{', .'.join(sorted(kinds))}.")
+
+
 def plot_scores(found: dict, path: Path) -> None:
     """Draw `scores` of `evaluate_long`: one panel per kind of question, one line per mode and length of clip.
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_keye import KeyeConfig, KeyeForVideoQA
+from modeling_keye import KeyeConfig, KeyeForVideoQA, Selection
 from training import evaluate, evaluate_long, score_plot, video_memory
-from training.evaluate_long import open_record, scores, tables
+from training.evaluate_long import scores, tables
 from training.long_plan import LongPlan, held_out_long
 from training.long_videos import LongQuestions, make_long_clip, make_long_questions
 from training.score_tables import interval
@@ -175,7 +176,8 @@ def test_no_pair_is_asked_about_twice_before_all_were_asked_about():
     ("settings", "message"),
     [
         ({"frames": (16,), "shown": 17}, "--shown 17 shapes do not fit into --frames 16"),
-        ({"frames": (20_001,)}, "--frames 20001; a clip has 2 to 20000"),
+        ({"frames": (20_001,)}, "--frames 20001 is no length of a clip; name one between 2 and 20000"),
+        ({"frames": (1,), "shown": 1}, "--frames 1 is no length of a clip"),
         ({"frames": (500, 100), "distances": (100, 300)}, "None of --distances 100 300 fits into --frames 100"),
         ({"clips": 0}, "--clips 0 and --questions 50 must be at least 1"),
     ],
@@ -224,13 +226,19 @@ def test_scores_and_tables_by_distance_kind_and_mode():
 
 
 def _run(monkeypatch, capsys, model, processor, *options: str) -> tuple[str, dict]:
-    loading = SimpleNamespace(from_pretrained=lambda folder: model)
-    monkeypatch.setattr(evaluate, "AutoModelForMultimodalLM", loading)
-    monkeypatch.setattr(evaluate, "AutoProcessor", SimpleNamespace(from_pretrained=lambda folder: processor))
+    monkeypatch.setattr(evaluate, "load", lambda name: (model, processor))
     monkeypatch.setattr(sys, "argv", ["evaluate", "--model", "DIR", *options])
     evaluate.main()
     output = capsys.readouterr().out
     return output, json.loads(output.splitlines()[-1])
+
+
+def _refused(monkeypatch, capsys, model, processor, *options: str) -> str:
+    """What the command says when it cannot be done."""
+    with pytest.raises(SystemExit) as stopped:
+        _run(monkeypatch, capsys, model, processor, *options)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
 
 
 LONG = "--long --frames 16 --clips 2 --shown 8 --distances 4 12 --questions 3 --kinds identity what --seed 1".split()
@@ -269,8 +277,26 @@ def test_the_command_prints_tables_and_goes_on_where_it_was(monkeypatch, capsys,
     assert [a for a in sparse if a["clip"] == 0] == partial["answers"]
     assert {row["mode"]: row["mean"] for row in document["attended"]}["dense"] == 1
 
-    with pytest.raises(ValueError, match="seed = 1, this one has 7. Name another file"):
-        open_record(record, {**again["settings"], "seed": 7})
+    other = [*LONG[:-1], "7", "--json", str(record)]
+    error = _refused(monkeypatch, capsys, model, processor, *other)
+    assert "holds the answers of a run with seed = 1, this one has 7. Name another file" in error
+    record.write_text("[]")
+    assert "holds no record of an evaluation" in _refused(monkeypatch, capsys, model, processor, *other)
+
+
+def test_a_model_without_indexer_is_asked_in_the_modes_that_it_has(monkeypatch, capsys, model, processor):
+    for layer in video_memory.decoder_layers(model):
+        monkeypatch.setitem(layer._modules, "indexer", None)
+        monkeypatch.setattr(layer, "selection", Selection(local_window=8))
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", "DIR", *LONG])
+    monkeypatch.setattr(evaluate, "load", lambda name: (model, processor))
+    evaluate.main()
+    output, error = capsys.readouterr()
+    assert "| questions | sparse | dense |" in output
+    assert "This model has no indexer: the mode untrained is left out." in error
+    assert "which the mode 'untrained' needs" in _refused(
+        monkeypatch, capsys, model, processor, *LONG, "--modes", "untrained"
+    )
 
 
 @pytest.mark.parametrize(
@@ -280,12 +306,38 @@ def test_the_command_prints_tables_and_goes_on_where_it_was(monkeypatch, capsys,
         (["--kinds", "identity"], "--kinds identity: choose among what, colour"),
         (["--long", "--kinds", "when"], "--kinds when: choose among identity"),
         (["--long", "--frames", "50"], "--shown 60 shapes do not fit into --frames 50"),
+        (["--questions", "0"], "--questions 0 must be at least 1"),
+        (["--seed", "-1"], "--seed -1 must be at least 0"),
+        (["--size", "60"], "--size 60 must be a multiple of 56"),
+        (["--json", "a.json", "--topk", "4"], "--topk, --json: only for long clips; add --long"),
+        (["--clips", "4", "--modes", "dense", "--plot", "a.svg"], "--clips, --modes, --plot: only for long clips"),
+        (["--long", "--topk", "0"], "--topk 0 must be at least 1"),
+        (["--long", "--json", "absent/a.json"], "--json absent/a.json cannot be written, because there is no folder"),
+        (["--long", "--plot", "a.doc"], "--plot: a.doc cannot be drawn; name a file that ends in ."),
     ],
 )
 def test_options_that_do_not_fit_end_before_the_model_is_loaded(monkeypatch, capsys, options, message):
-    with pytest.raises(SystemExit):
-        _run(monkeypatch, capsys, None, None, *options)
-    assert message in capsys.readouterr().err
+    if "--plot" in options:
+        pytest.importorskip("matplotlib", reason="plots need the extra `train`")
+    assert message in _refused(monkeypatch, capsys, None, None, *options)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nope", "--model nope is no folder, and no repository of the Hub has such a name"),
+        ("FOLDER/config.json", "config.json is no folder"),
+        ("nobody/nothing", "--model nobody/nothing cannot be loaded: "),
+        ("FOLDER", "is no checkpoint that Keye can load"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_refused(monkeypatch, capsys, tmp_path, name, message):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", name.replace("FOLDER", str(tmp_path))])
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main()
+    assert stopped.value.code == 2
+    assert re.fullmatch(rf"evaluate: [^\n]*{message}[^\n]*\.\n", capsys.readouterr().err)
 
 
 def _points() -> dict:
@@ -310,6 +362,5 @@ def test_a_plot_is_written_from_the_json_file(monkeypatch, tmp_path, name, start
 
 def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit):
-        _run(monkeypatch, capsys, None, None, *LONG, "--plot", "a.svg")
-    assert "The plot needs matplotlib: `pip install matplotlib`" in capsys.readouterr().err
+    error = _refused(monkeypatch, capsys, None, None, *LONG, "--plot", "a.svg")
+    assert "The plot needs matplotlib: `pip install matplotlib`" in error
