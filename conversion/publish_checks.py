@@ -41,14 +41,16 @@ HIDDEN_SETTINGS = (
 WEIGHTS = re.compile(
     rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index\.json|{re.escape(SCALES_FILE)}"
 )
-# What the library reads by name, and where a conversion notes its source.
+# What the library reads by name, and where a conversion notes its source and a training how it went.
 SETTINGS = {
-    "config.json", "generation_config.json", "conversion.json",
+    "config.json", "generation_config.json", "conversion.json", "training.json",
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
     "chat_template.jinja", "chat_template.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model",
 }  # fmt: skip
+# What training with adapters leaves beside the weights that they are merged into.
+ADAPTER = "adapter"
 DOCUMENTS = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"}
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -65,6 +67,7 @@ SECRET_TEXTS = {
     "a code host's token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40,}|glpat-[\w-]{20})\b",
     "an API key": rb"\bsk-(?:[a-z]+-)*[A-Za-z0-9]{32,}\b",
 }
+WRITE_CARD = "python -m conversion.card FOLDER --write --license LICENSE"
 CARD_FIELDS = ("library_name", "pipeline_tag", "license", "tags")
 PLACEHOLDER = re.compile(
     r"more information needed|\bTODO\b|\bTBD\b|\bFIXME\b|\bXXX\b|lorem ipsum|proofread and complete|\{\{.*?\}\}",
@@ -118,12 +121,20 @@ def check_folder(
 
 
 def list_files(folder: Path) -> list[str]:
-    """Relative names of all files, links included, folders of links not entered."""
+    """Relative names of all files but a merged adapter's, links included, folders of links not entered."""
     found = []
     for place, folders, files in os.walk(folder):
+        if Path(place) == folder and has_merged_adapter(folder):
+            folders.remove(ADAPTER)
         linked = [name for name in folders if (Path(place) / name).is_symlink()]
         found += [(Path(place) / name).relative_to(folder).as_posix() for name in (*files, *linked)]
     return sorted(found)
+
+
+def has_merged_adapter(folder: Path) -> bool:
+    """Whether `python -m training.train` put an adapter beside weights that hold it already."""
+    adapter = folder / ADAPTER
+    return (adapter / "adapter_config.json").is_file() and not adapter.is_symlink()
 
 
 def is_read_by_name(name: str) -> bool:
@@ -198,10 +209,11 @@ def check_code(folder: Path, trust_code: bool) -> tuple[set[str], list[Check]]:
     if not other:
         version = modeling_keye.__version__
         return files, [Check("code", True, f"{len(files)} files, the same as in this package ({version})")]
+    differ = f"{', '.join(other)} {'differs' if len(other) == 1 else 'differ'} from this package's"
     if trust_code:
-        return files, [Check("code", True, f"{len(files)} files; {', '.join(other)} differ from this package's")]
+        return files, [Check("code", True, f"{len(files)} files; {differ}")]
     text = (
-        f"{', '.join(other)} differ from this package's; save the model again to get the present code, or pass "
+        f"{differ}; save the model again to get the present code, or pass "
         "--trust-code to run and publish the folder's own"
     )
     return files, [Check("code", False, text)]
@@ -232,7 +244,10 @@ def check_names(folder: Path, names: list[str], code: set[str], allow: Iterable[
     if stray:
         text = f"{', '.join(stray)}: no part of a checkpoint; remove them, or pass --allow PATTERN"
         checks.append(Check("stray files", False, text))
-    return checks or [Check("files", True, f"{len(names)} files, all of them known, no pickles, no links out")]
+    text = f"{len(names)} files, all of them known, no pickles, no links out"
+    if has_merged_adapter(folder):
+        text += f"; {ADAPTER}/ is left out, because the weights hold it already"
+    return checks or [Check("files", True, text)]
 
 
 def check_secrets(folder: Path, names: list[str]) -> Check:
@@ -253,7 +268,7 @@ def check_secrets(folder: Path, names: list[str]) -> Check:
 def check_card(folder: Path) -> Check:
     path = folder / "README.md"
     if not path.exists():
-        return Check("card", False, "README.md is missing; write one: python -m conversion.card FOLDER --write")
+        return Check("card", False, f"README.md is missing; write one: {WRITE_CARD}")
     text = path.read_text(encoding="utf-8")
     try:
         card = ModelCard(text, ignore_metadata_errors=False)
@@ -266,7 +281,8 @@ def check_card(folder: Path) -> Check:
     if not re.search(r"^#+ ", card.text, re.MULTILINE):
         wrong.append("has no heading, so it describes nothing")
     if wrong:
-        return Check("card", False, f"README.md {', '.join(wrong)}; see python -m conversion.card --help")
+        advice = WRITE_CARD if "has no license" in wrong else "python -m conversion.card --help"
+        return Check("card", False, f"README.md {', '.join(wrong)}; see {advice}")
     return Check("card", True, f"license {card.data.license}, {card.data.pipeline_tag}")
 
 

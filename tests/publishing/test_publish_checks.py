@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversion import publish_checks
+from conversion.card import file_table
 from conversion.publish_checks import Check, ProbeError, check_folder, check_loading, list_files, run_probe
 from modeling_keye.checkpoint_keye import Checkpoint
 
@@ -123,7 +124,7 @@ def test_code_that_is_not_ours_needs_trust(without_loading, folder):
     with open(folder / "cache_keye.py", "a") as file:
         file.write("\n")
     text = wrong(folder)["code"]
-    assert text.startswith("cache_keye.py differ from this package's; save the model again") and "--trust-code" in text
+    assert text.startswith("cache_keye.py differs from this package's; save the model again") and "--trust-code" in text
     assert wrong(folder, trust_code=True) == {}
 
 
@@ -136,6 +137,30 @@ def test_stray_files(without_loading, folder):
         "cli_keye.py, model-00009-of-00009.safetensors, optimizer.safetensors, plots/loss.png: no part"
     )
     assert "plots/loss.png" not in wrong(folder, allow=["plots/*.png"])["stray files"]
+
+
+def test_what_training_leaves(without_loading, folder):
+    """The record of a run is published, an adapter that is merged is not, and pickles stay refused."""
+    (folder / "training.json").write_text('{"stage": "finetune"}')
+    (folder / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "training_args.bin"):
+        (folder / "adapter" / name).write_bytes(b"{}")
+    checks, _ = check_folder(folder)
+    assert {check.ok for check in checks} == {True}
+    text = next(check.text for check in checks if check.name == "files")
+    assert text.endswith("; adapter/ is left out, because the weights hold it already")
+    names = list_files(folder)
+    assert "training.json" in names and not any(name.startswith("adapter") for name in names)
+    assert "`training.json`" in file_table(folder) and not any("adapter" in name for name in file_table(folder))
+
+    (folder / "training_args.bin").write_bytes(b"PK\x03\x04")
+    assert wrong(folder)["pickles"].startswith("training_args.bin: may run code when opened")
+
+
+def test_a_folder_that_is_no_adapter_is_a_stray(without_loading, folder):
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "notes.txt").write_text("x")
+    assert wrong(folder)["stray files"].startswith("adapter/notes.txt: no part of a checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +210,10 @@ def test_links(without_loading, folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (("license: apache-2.0\n", ""), "has no license"),
+        (
+            ("license: apache-2.0\n", ""),
+            "has no license; see python -m conversion.card FOLDER --write --license LICENSE",
+        ),
         (("pipeline_tag: video-text-to-text\n", ""), "has no pipeline_tag"),
         (("library_name: transformers", "library_name: timm"), "has library_name 'timm', expected 'transformers'"),
         (("## Use", "[More Information Needed]\n\n## Use"), "still says 'More Information Needed'"),
