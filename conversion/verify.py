@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -378,20 +379,29 @@ def _judge_tensors(report: Report, found: list[Difference], ignored: list[Differ
     dtypes = [difference for difference in found if difference.kind == "dtype"]
     others = [difference for difference in found if difference.kind != "dtype"]
     if ignored:
-        report.warnings.append(
-            f"{plural(len(ignored), 'tensor')} that no model uses differ, for example {ignored[0].name}"
-        )
+        report.warnings.append(f"of what no model uses, {_counted(ignored)}, for example {ignored[0].name}")
     if others:
-        report.problems.append(f"{plural(len(others), 'tensor')} differ")
+        report.problems.append(_counted(others))
     if dtypes and allow_dtype:
         report.rounded = True
-        report.warnings.append(f"{plural(len(dtypes), 'tensor')} have another dtype and equal values")
+        report.warnings.append(_counted(dtypes))
     elif dtypes:
-        report.problems.append(
-            f"{plural(len(dtypes), 'tensor')} have another dtype and equal values (--allow-dtype accepts that)"
-        )
+        report.problems.append(f"{_counted(dtypes)} (--allow-dtype accepts that)")
     listed = others + dtypes
     report.differences, report.more_differences = listed[:LISTED], len(listed[LISTED:])
+
+
+def _counted(differences: list[Difference]) -> str:
+    """How many tensors differ in which way: "1 tensor differs, 2 tensors are only in A"."""
+    verbs = {
+        "dtype": ("has another dtype and equal values", "have another dtype and equal values"),
+        "only in A": ("is only in A", "are only in A"),
+        "only in B": ("is only in B", "are only in B"),
+    }
+    counts = Counter(verbs.get(difference.kind, ("differs", "differ")) for difference in differences)
+    return ", ".join(
+        f"{plural(count, 'tensor')} {one if count == 1 else many}" for (one, many), count in counts.items()
+    )
 
 
 def _judge_arithmetic(report: Report) -> None:
@@ -436,7 +446,7 @@ def _compare_files(report: Report, one: Path, two: Path) -> None:
         elif here or there:
             report.files[name] = "only in A" if here else "only in B"
     if different := [name for name, state in report.files.items() if state == "different"]:
-        report.warnings.append(f"{', '.join(different)} differ")
+        report.warnings.append(f"{', '.join(different)} {'differs' if len(different) == 1 else 'differ'}")
 
 
 def _same_content(one: Path, two: Path) -> bool:

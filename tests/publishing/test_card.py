@@ -230,8 +230,8 @@ def test_a_comparison_is_evidence(plain, tmp_path):
     ("changes", "words"),
     [
         (
-            {"equal": False, "verdict": "DIFFERENT: 1 tensor differ"},
-            "says DIFFERENT: 1 tensor differ; that verifies",
+            {"equal": False, "verdict": "DIFFERENT: 1 tensor differs"},
+            "says DIFFERENT: 1 tensor differs; that verifies",
         ),
         ({"b": {"folder": "/elsewhere"}}, "and neither is"),
         ({"b": {"tensors": 3}}, "is about other weights than those in"),
