@@ -77,6 +77,7 @@ attention to less than 2 % of them.
 ```python
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
+folder = "checkpoints/keye-tiny"  # where this card lies
 model = AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 content = [{{"type": "video", "path": "clip.mp4"}}, {{"type": "text", "text": "What shape is shown at 3.0 seconds?"}}]

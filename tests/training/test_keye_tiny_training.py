@@ -1,6 +1,10 @@
 """Batches, stages and scores of keye-tiny's training."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
@@ -10,6 +14,7 @@ import pytest
 import torch
 
 from modeling_keye import KeyeConfig, KeyeForVideoQA
+from tests.training.small_runs import KEYE_TINY
 from training.data import (
     ClipBatches,
     ConversationEncoder,
@@ -23,7 +28,7 @@ from training.data import (
 from training.evaluate import evaluate, held_out, is_right, score
 from training.learning_curves import curves, plot_curves, stage_log
 from training.long_videos import make_long_clip
-from training.ship_keye_tiny import build_processor, write_card, write_checkpoint
+from training.ship_keye_tiny import CARD, build_processor, write_card, write_checkpoint
 from training.synthetic_videos import (
     KINDS,
     TWO_WORD_KINDS,
@@ -229,6 +234,20 @@ def test_a_checkpoint_is_written_evaluated_and_described(tmp_path):
     card = (folder / "README.md").read_text()
     assert "--seed 5 --scale 0.5" in card and "| frames | 1,200 | 2 | 2 |" in card
     assert f"| all | {scores['exact_match']:.1f} |" in card
+
+
+def test_the_sample_of_the_shipped_card_runs(tmp_path):
+    shipped = (KEYE_TINY / "README.md").read_text()
+    sample = re.search(r"```python\n(.*?)```", shipped, flags=re.DOTALL)[1]
+    assert sample in CARD.replace("{{", "{").replace("}}", "}")
+    clip = make_clip(np.random.default_rng(0), (8, 8))
+    write_video(clip, tmp_path / "clip.mp4")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "keye-tiny").symlink_to(KEYE_TINY)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run([sys.executable, "-c", sample], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 def test_the_preset_and_the_tokenizer_agree():
