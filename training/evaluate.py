@@ -18,15 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from modeling_keye import KeyeForVideoQA, KeyeProcessor
-from modeling_keye.cli_keye import HUB_ID
 
 from . import evaluate_long
 from .exact_answers import is_right
 from .long_plan import OptionError, checked_kinds
 from .long_videos import LONG_KINDS
+from .model_source import LOADING_ERRORS, check_source
 from .synthetic_videos import FRAME_SIZE, KINDS, TWO_WORD_KINDS, Clip, Question, make_clip, make_questions, write_video
 
 # Mixed into every seed, so that no seed of the training stream gives the same clips.
@@ -150,17 +149,13 @@ def check_drawing(arguments: argparse.Namespace) -> None:
 
 def load(name: str) -> tuple[KeyeForVideoQA, KeyeProcessor]:
     """Model and processor of a checkpoint folder or a Hub repository. Raises `OptionError`."""
-    folder = Path(name)
-    if not folder.is_dir() and (folder.exists() or not HUB_ID.fullmatch(name)):
-        raise OptionError(
-            f"--model {name} is no folder, and no repository of the Hub has such a name (it would be OWNER/NAME)."
-        )
     try:
+        check_source(name)
         processor = KeyeProcessor.from_pretrained(name)
         return KeyeForVideoQA.from_pretrained(name).eval(), processor
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except LOADING_ERRORS as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise OptionError(f"--model {name} cannot be loaded: {reason}.") from error
+        raise OptionError(f"--model {name} cannot be read: {reason}.") from error
 
 
 def prepare(arguments: argparse.Namespace) -> Callable:

@@ -4,6 +4,11 @@ import re
 import sys
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+# By which the libraries and our own files refuse a checkpoint.
+LOADING_ERRORS = (OSError, ValueError, SafetensorError, StrictDataclassError)
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 

@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -33,7 +32,7 @@ from .collator import VideoQACollator
 from .data_errors import sentence
 from .exact_answers import ExactAnswersMixin
 from .indexer_training import IndexerTrainer, decoder_of
-from .model_source import check_source
+from .model_source import LOADING_ERRORS, check_source
 from .recipe import Recipe, RecipeError, load_recipe, training_arguments
 from .resuming import LogWithSave, StopOnSignal, check_same_run, find_start, write_json
 from .router_balance import RouterBalance
@@ -123,7 +122,7 @@ def naming_model(recipe: Recipe) -> Iterator[None]:
         yield
     except RecipeError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"`model` is {recipe.model!r}, which cannot be read: {reason}") from error
 

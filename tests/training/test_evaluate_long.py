@@ -325,9 +325,9 @@ def test_options_that_do_not_fit_end_before_the_model_is_loaded(monkeypatch, cap
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nope", "--model nope is no folder, and no repository of the Hub has such a name"),
-        ("FOLDER/config.json", "config.json is no folder"),
-        ("nobody/nothing", "--model nobody/nothing cannot be loaded: "),
+        ("nope", "--model nope cannot be read: 'nope' is no folder, and no repository of the Hub has such a name"),
+        ("FOLDER/config.json", "config.json' is no folder"),
+        ("nobody/nothing", "--model nobody/nothing cannot be read: "),
         ("FOLDER", "is no checkpoint that Keye can load"),
     ],
 )
@@ -337,7 +337,9 @@ def test_a_model_that_cannot_be_loaded_is_refused(monkeypatch, capsys, tmp_path,
     with pytest.raises(SystemExit) as stopped:
         evaluate.main()
     assert stopped.value.code == 2
-    assert re.fullmatch(rf"evaluate: [^\n]*{message}[^\n]*\.\n", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.search(rf"^evaluate: [^\n]*{message}[^\n]*\.\n\Z", said, re.MULTILINE)
+    assert ("asking the Hub" in said) == ("nobody" in name) and "Traceback" not in said
 
 
 def _points() -> dict:
