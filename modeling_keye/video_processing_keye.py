@@ -173,6 +173,9 @@ class KeyeVideoProcessor(BaseVideoProcessor):
             options["num_frames"] = None
         options.update({name: value for name, value in call.items() if name in options and value is not None})
         refuse_unsupported(options)
+        for name in ("num_frames", "min_frames", "max_frames"):
+            if options[name] is not None and options[name] < 1:
+                raise ValueError(f"{name}={options[name]} must be a positive number of frames.")
         if options["pixel_dtype"] not in PIXEL_DTYPES:
             raise ValueError(f"pixel_dtype={options['pixel_dtype']!r} must be one of {', '.join(PIXEL_DTYPES)}.")
         return options

@@ -156,6 +156,17 @@ OWNED = {
     "local_rank": "the launcher",
 }
 SECTIONS = {"data": DataRecipe, "indexer": IndexerRecipe, "lora": LoraRecipe}
+# The least that makes sense, for what the library finds out late or not at all.
+LEAST = {
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "warmup_steps": 0,
+    "dataloader_num_workers": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+}
 _HINTS = typing.get_type_hints(TrainingArguments)
 _TRAINER_TYPES = {entry.name: _HINTS[entry.name] for entry in dataclasses.fields(TrainingArguments)}
 # Stored as a string, but `True` is what switches it on.
@@ -369,6 +380,17 @@ def _check(recipe: Recipe) -> None:
     for name, value in {"indexer.loss_coef": recipe.loss_coef, "router_balance": recipe.router_balance}.items():
         if not 0 <= value < math.inf:
             raise RecipeError(f"`{name}` is {value}; it must be a number from 0 up.")
+    if not 0 <= recipe.seed < 2**32:
+        raise RecipeError(f"`seed` is {recipe.seed}; it must be from 0 to {2**32 - 1}.")
+    for name, least in LEAST.items():
+        value = recipe.trainer.get(name)
+        if value is not None and not least <= value < math.inf:
+            raise RecipeError(f"`trainer.{name}` is {value}; it must be at least {least}.")
+    steps, epochs = recipe.trainer.get("max_steps", -1), recipe.trainer.get("num_train_epochs", 1)
+    if steps < 1 and not (steps == -1 and 0 < epochs < math.inf):
+        raise RecipeError(
+            f"`trainer.max_steps` is {steps}; it must be above 0, or -1 with `trainer.num_train_epochs` above 0."
+        )
     learns = recipe.stage in ("indexer-warmup", "sparse-adaptation")
     if learns and not recipe.trains_indexer:
         raise RecipeError(f"`indexer.loss_coef` is 0, but the stage `{recipe.stage}` trains the indexer by that loss.")

@@ -16,7 +16,9 @@ from .recipe import RecipeError
 STATE = "trainer_state.json"
 # May change between the parts of a run: what is trained stays the same.
 FREE = ("resume", "output")
-FREE_TRAINER = re.compile(r"dataloader_|log_|logging_|eval_|save_|disable_tqdm|report_to|run_name|skip_memory_metrics")
+FREE_TRAINER = re.compile(
+    r"dataloader_(?!drop_last)|log_|logging_|eval_|save_|disable_tqdm|report_to|run_name|skip_memory_metrics"
+)
 
 
 def is_whole(checkpoint: Path) -> bool:

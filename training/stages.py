@@ -9,6 +9,8 @@
 """
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -59,24 +61,29 @@ def lora_config(model: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: 
 
 
 def load_config(recipe: Recipe) -> KeyeConfig:
-    """The configuration to start from, its indexer added or narrowed if the recipe says so."""
+    """The configuration to start from, with a new indexer if the recipe adds one."""
     config = KeyeConfig.from_pretrained(recipe.model)
     indexer = recipe.indexer
     if config.text_config.indexer_type is None:
         if recipe.stage == "indexer-warmup":
-            config = config.with_indexer(indexer.heads, indexer.head_dim, indexer.topk)
+            config = config.with_indexer(indexer.heads, indexer.head_dim)
         elif recipe.trains_indexer or indexer.topk:
             raise RecipeError(f"`indexer` asks for one, but {recipe.model} has none; `indexer-warmup` comes first.")
     elif indexer.heads or indexer.head_dim:
         raise RecipeError(f"{recipe.model} has an indexer already; leave out `indexer.heads` and `indexer.head_dim`.")
-    elif indexer.topk:
-        config.text_config.index_topk = indexer.topk
     return config
 
 
 def load_model(recipe: Recipe) -> KeyeForVideoQA:
+    """The model to start from, its indexer narrowed to `indexer.topk`."""
     dtype = recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    return KeyeForVideoQA.from_pretrained(recipe.model, config=load_config(recipe), dtype=dtype)
+    model = KeyeForVideoQA.from_pretrained(recipe.model, config=load_config(recipe), dtype=dtype)
+    if recipe.indexer.topk:
+        # Only now: a published folder is not loaded with an indexer that chooses before it is trained.
+        decoder_of(model).config.index_topk = recipe.indexer.topk
+        for layer in decoder_of(model).layers:
+            layer.self_attn.selection = replace(layer.self_attn.selection, topk=recipe.indexer.topk)
+    return model
 
 
 def prepare(model: KeyeForVideoQA, recipe: Recipe) -> KeyeForVideoQA | PeftModel:
@@ -95,7 +102,11 @@ def prepare(model: KeyeForVideoQA, recipe: Recipe) -> KeyeForVideoQA | PeftModel
     if recipe.stage == "pretrain":
         attend_densely(model)
     if recipe.lora is not None:
-        return add_lora(model, recipe.lora)
+        model = add_lora(model, recipe.lora)
+        if Path(recipe.model).is_dir():
+            # The adapter is loaded from anywhere, and looks for its base there.
+            model.peft_config["default"].base_model_name_or_path = str(Path(recipe.model).resolve())
+        return model
     for name, parameter in model.named_parameters():
         # Without its loss the indexer gets no gradient, and what asks for one in vain stops data parallelism.
         parameter.requires_grad_(recipe.trains_indexer or ".indexer." not in name)

@@ -60,6 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (RecipeError, DataError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted outside of a step; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 128 + signal.SIGINT
     finally:
         if dist.is_initialized():
             gc.collect()  # a sharded model that outlives its group can hang the end of the process
@@ -222,8 +225,9 @@ def save_final(trainer: Trainer, recipe: Recipe, final: Path) -> None:
     if merges:
         merge(recipe, temporary / "adapter", temporary)
         trainer.processing_class.save_pretrained(temporary)
-    for pickled in temporary.rglob(TRAINING_ARGS_NAME):
-        pickled.unlink()  # says less than the recipe, and nobody should load it
+    for name in (TRAINING_ARGS_NAME, "README.md"):
+        for file in temporary.rglob(name):
+            file.unlink()  # a pickle that says less than the recipe, and PEFT's card without a word in it
     write_json(temporary / RECORD, record(trainer, recipe))
     os.replace(temporary, final)
 
@@ -247,7 +251,8 @@ def record(trainer: Trainer, recipe: Recipe) -> dict:
             "torch": torch.__version__,  # with the build, which the package's own version may lack
             **{name: _version(name) for name in PACKAGES},
         },
-        "log": trainer.state.log_history,
+        # The library divides what it summed since the last resume by all steps.
+        "log": [{k: v for k, v in entry.items() if k != "train_loss"} for entry in trainer.state.log_history],
     }
 
 

@@ -142,7 +142,8 @@ class VideoQADataset(Dataset):
             if _is_unreadable(error):
                 path = _culprit(row, error)
                 named = "" if path in str(error) else f"{path} cannot be read: "
-                hint = "; mend the file or drop the row, or pass over such rows with on_bad_video='skip'."
+                hint = "; mend the file or drop the row"
+                hint += "." if self.on_bad_video == "skip" else ", or pass over such rows with on_bad_video='skip'."
                 raise MediaError(f"{row.where}: {named}{str(error).rstrip('.')}{hint}", path) from error
             if isinstance(error, ValueError):
                 raise DataError(f"{row.where}: {error}") from error
@@ -175,17 +176,20 @@ class VideoQADataset(Dataset):
         if subject in self._reported:
             return
         self._reported.add(subject)
-        logger.warning(f"skipped: {error}")
-        if self.skipped_file is None:
-            return
+        if self.skipped_file is None or self._note(error):
+            logger.warning(f"skipped: {error}")
+
+    def _note(self, error: SkippableError) -> bool:
+        """Add a line to `skipped_file`; False where another worker or an earlier epoch did."""
         line = json.dumps({"file": error.path, "reason": str(error)}, ensure_ascii=False)
         self.skipped_file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.skipped_file, "a+", encoding="utf-8") as file:
-            # Other workers and earlier epochs report the same file.
             file.seek(0)
-            if any(json.loads(known)["file"] == error.path != "" for known in file):
-                return
+            known = [json.loads(before) for before in file]
+            if any((before["file"] or before["reason"]) == (error.path or str(error)) for before in known):
+                return False
             file.write(line + "\n")
+        return True
 
 
 def _checked_options(processor: Any, options: dict) -> dict:

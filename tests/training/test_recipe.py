@@ -70,6 +70,13 @@ def test_a_key_that_does_not_exist(changes, key, nearest):
         ({"lora": {"rank": 4}, "indexer": {"loss_coef": 1.0}}, "must be 0 with `lora`"),
         ({"lora": {"dropout": 0.1}}, "`lora.dropout` must be 0 with `lora.experts`"),
         ({"indexer": {"heads": 4}}, "are for `indexer-warmup`"),
+        ({"seed": -1}, "`seed` is -1; it must be from 0 to 4294967295."),
+        ({"trainer": {"learning_rate": -1}}, "`trainer.learning_rate` is -1.0; it must be at least 0."),
+        ({"trainer": {"per_device_train_batch_size": 0}}, "`trainer.per_device_train_batch_size` is 0; it must be at"),
+        ({"trainer": {"gradient_accumulation_steps": 0}}, "`trainer.gradient_accumulation_steps` is 0; it must be at"),
+        ({"trainer": {"dataloader_num_workers": -1}}, "`trainer.dataloader_num_workers` is -1; it must be at least 0."),
+        ({"trainer": {"max_steps": 0}}, "`trainer.max_steps` is 0; it must be above 0, or -1 with"),
+        ({"trainer": {"num_train_epochs": 0}}, "`trainer.max_steps` is -1; it must be above 0, or -1 with"),
     ],
 )
 def test_values_that_are_wrong(changes, message):

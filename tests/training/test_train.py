@@ -13,7 +13,7 @@ from examples.ask_a_video import ask
 from modeling_keye import KeyeForVideoQA, KeyeProcessor
 from tests.conversion.published import write_published
 from tests.model.checkpoints import small_model
-from tests.training.small_runs import KEYE_TINY, logged, make_rows, python, values, weights
+from tests.training.small_runs import KEYE_TINY, ROOT, logged, make_rows, python, values, weights
 from training import train
 from training.exact_answers import is_right, last_question
 from training.recipe import make_recipe
@@ -128,6 +128,18 @@ def test_the_target_list_has_every_projection_but_those_of_the_indexer(kind):
     assert any("experts" in name for name, parameter in model.named_parameters() if "lora_A" in name)
 
 
+def test_an_adapter_alone_finds_its_base(rows, tmp_path):
+    model = shutil.copytree(KEYE_TINY, tmp_path / "model")
+    final = tmp_path / "out" / "final"
+    recipe = values(rows, tmp_path / "out", "finetune", {"max_steps": 1}, lora={"rank": 2, "merge": False})
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump({**recipe, "model": "model"}))
+    done = python("-m", "training.train", str(config), cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
+    assert not (final / "README.md").exists()
+
+
 def test_a_finished_run_loads_as_remote_code(adapted, rows, tmp_path):
     """In a process that has the folder and nothing else of ours."""
     video = json.loads(rows.read_text().splitlines()[0])["video"]
@@ -238,7 +250,9 @@ def test_a_metric_that_no_evaluation_has(rows, tmp_path):
 def test_a_published_folder_trains_and_keeps_the_marks(rows, tmp_path):
     write_published(tmp_path / "published", "keye_vl_1_5")
     data = {"train": str(rows), "video_options": {"num_frames": 2}}
-    final = run(rows, tmp_path, "indexer-warmup", data=data, model=str(tmp_path / "published"))
+    indexer = {"topk": 8}
+    final = run(rows, tmp_path, "indexer-warmup", data=data, model=str(tmp_path / "published"), indexer=indexer)
+    assert json.loads((final / "config.json").read_text())["text_config"]["index_topk"] == 8
     assert "{%- generation -%}" in (final / "chat_template.jinja").read_text()
     balanced = values(rows, tmp_path, "sparse-adaptation", data=data, model=str(final), router_balance=0.1)
     with pytest.raises(train.RecipeError, match="no router of .* has a bias to move; set `router_balance` to 0"):

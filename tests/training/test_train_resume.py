@@ -117,6 +117,8 @@ def test_how_often_is_logged_and_saved_may_change(tmp_path):
     check_same_run(tmp_path, {"seed": 1, "resume": "never", "trainer": {"logging_steps": 3, "max_steps": 4}})
     with pytest.raises(RecipeError, match="`trainer.max_steps` was 4 and is 5"):
         check_same_run(tmp_path, {"seed": 1, "trainer": {"max_steps": 5}})
+    with pytest.raises(RecipeError, match="`trainer.dataloader_drop_last` was None and is True"):
+        check_same_run(tmp_path, {"seed": 1, "trainer": {"max_steps": 4, "dataloader_drop_last": True}})
 
 
 def test_only_whole_checkpoints_count(tmp_path):

@@ -17,6 +17,7 @@ import modeling_keye.video_processing_keye as video_processing
 from modeling_keye.processing_keye import KEYE_CHAT_TEMPLATE
 from tests.model.checkpoints import small_processor
 from tests.processing.conftest import write_clip
+from training import video_dataset
 from training.collator import VideoQACollator
 from training.data_errors import sentence
 from training.rows import DataError, MediaError, TooLongError, load_rows
@@ -161,7 +162,9 @@ def test_a_missing_video_ends_a_run_before_it_begins(folder):
         late[1]
 
 
-def test_skipped_rows_are_replaced_by_the_next_and_reported_once(folder, tmp_path):
+def test_skipped_rows_are_replaced_by_the_next_and_reported_once(folder, tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(video_dataset.logger, "warning", warned.append)
     names = ["0.mp4", "cut.mp4", "gone.mp4", "1.mp4", "text.mp4", "cut.mp4"]
     rows = [record(name, f"answer {number}") for number, name in enumerate(names)]
     for _ in range(2):
@@ -172,7 +175,8 @@ def test_skipped_rows_are_replaced_by_the_next_and_reported_once(folder, tmp_pat
         assert answers(dataset, dataset[-1])[7] == "0"
     reported = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [Path(entry["file"]).name for entry in reported] == ["gone.mp4", "cut.mp4", "text.mp4"]
-    assert "row 2: " in reported[1]["reason"]
+    assert "row 2: " in reported[1]["reason"] and "on_bad_video" not in reported[1]["reason"]
+    assert warned == [f"skipped: {entry['reason']}" for entry in reported]
 
 
 def test_skipping_everything_is_an_error(folder):
@@ -197,6 +201,8 @@ def test_arguments_are_checked(folder):
     rows = [record("0.mp4")]
     for options, message in (
         ({"video_options": {"max_frame": 3}}, "video_options has no 'max_frame'; did you mean 'max_frames'"),
+        ({"video_options": {"num_frames": 0}}, "video_options: num_frames=0 must be a positive number of frames"),
+        ({"video_options": {"max_frames": 0}}, "video_options: max_frames=0 must be a positive number of frames"),
         ({"video_options": {"fps": 1, "num_frames": 3}}, "video_options: fps and num_frames are mutually exclusive"),
         ({"video_options": {"fps": -1}}, "video_options: fps=-1 must be a positive number"),
         ({"on_bad_video": "ignore"}, "on_bad_video='ignore' must be 'raise' or 'skip'"),
