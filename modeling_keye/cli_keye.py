@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers.utils import is_torch_mps_available, logging
 
 from .configuration_keye import KeyeConfig
-from .layouts_keye import LAYOUTS, detect_layout
+from .layouts_keye import detect_layout
 from .modeling_keye import KeyeForVideoQA
 from .processing_keye import KeyeProcessor
 from .sparse_attention_keye import BACKENDS, resolve_backend
@@ -290,7 +290,6 @@ def _find_checkpoint(name: str) -> Path:
             f"{folder} holds a model of type {raw.get('model_type')!r}, a part of Keye; give the folder of a whole "
             f"model, type {KeyeConfig.model_type!r}"
         )
-    _check_sees_videos(folder)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         pickles = sorted(path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern))
@@ -309,20 +308,6 @@ def _find_checkpoint(name: str) -> Path:
     for path in weights:
         _check_safetensors(path)
     return folder
-
-
-def _check_sees_videos(folder: Path) -> None:
-    """Refuse a converted text checkpoint, which lacks a processor because the published one had none."""
-    record = folder / "conversion.json"
-    if (folder / "processor_config.json").exists() or not record.exists():
-        return
-    layout = LAYOUTS.get(_read_json(record, "the record of the conversion").get("layout"))
-    if layout is not None and not layout.has_vision:
-        raise InputError(
-            f"{folder} was converted from a text checkpoint ({layout.name}) and cannot look at a video; "
-            "`python -m conversion.compose --text PUBLISHED --vision KEYE DST` puts the decoder of the published one "
-            "under a vision tower"
-        )
 
 
 def _download_checkpoint(name: str) -> Path:
