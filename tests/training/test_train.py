@@ -13,7 +13,7 @@ from examples.ask_a_video import ask
 from modeling_keye import KeyeForVideoQA, KeyeProcessor
 from tests.conversion.published import write_published
 from tests.model.checkpoints import small_model
-from tests.training.small_runs import KEYE_TINY, ROOT, logged, make_rows, python, values, weights
+from tests.training.small_runs import KEYE_TINY, logged, make_rows, python, values, weights
 from training import train
 from training.exact_answers import is_right, last_question
 from training.recipe import make_recipe
@@ -128,14 +128,10 @@ def test_the_target_list_has_every_projection_but_those_of_the_indexer(kind):
     assert any("experts" in name for name, parameter in model.named_parameters() if "lora_A" in name)
 
 
-def test_an_adapter_alone_finds_its_base(rows, tmp_path):
+def test_an_adapter_alone_finds_its_base(rows, tmp_path, monkeypatch):
     model = shutil.copytree(KEYE_TINY, tmp_path / "model")
-    final = tmp_path / "out" / "final"
-    recipe = values(rows, tmp_path / "out", "finetune", {"max_steps": 1}, lora={"rank": 2, "merge": False})
-    config = tmp_path / "recipe.yaml"
-    config.write_text(yaml.safe_dump({**recipe, "model": "model"}))
-    done = python("-m", "training.train", str(config), cwd=tmp_path, PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.chdir(tmp_path)
+    final = run(rows, tmp_path / "out", "finetune", lora={"rank": 2, "merge": False}, model="model")
     assert json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
     assert not (final / "README.md").exists()
 
