@@ -55,9 +55,9 @@ def published_source(folder_or_repo: str | os.PathLike, hub: dict) -> tuple[Layo
 
 def lacks_processor(folder_or_repo: str | os.PathLike, hub: dict) -> bool:
     """Whether there is a model but no processor of ours."""
-    if os.path.isfile(folder_or_repo) or _file(folder_or_repo, "config.json", hub) is None:
+    if os.path.isfile(folder_or_repo) or _file(folder_or_repo, "processor_config.json", hub) is not None:
         return False
-    return _file(folder_or_repo, "processor_config.json", hub) is None
+    return _file(folder_or_repo, "config.json", hub) is not None
 
 
 def load_tokenizer(folder_or_repo: str | os.PathLike, layout: Layout, hub: dict, settings: dict):

@@ -9,7 +9,6 @@
 """
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 from modeling_keye import KeyeConfig, KeyeForVideoQA
 from modeling_keye.sparse_attention_keye import Selection
 
-from .indexer_training import decoder_of, freeze_all_but_indexer
+from .indexer_training import decoder_of, freeze_all_but_indexer, set_topk
 from .recipe import LoraRecipe, Recipe, RecipeError
 
 # Every projection of the decoder but those of the indexer, which the language-model loss does not reach, and of the
@@ -80,9 +79,7 @@ def load_model(recipe: Recipe) -> KeyeForVideoQA:
     model = KeyeForVideoQA.from_pretrained(recipe.model, config=load_config(recipe), dtype=dtype)
     if recipe.indexer.topk:
         # Only now: a published folder is not loaded with an indexer that chooses before it is trained.
-        decoder_of(model).config.index_topk = recipe.indexer.topk
-        for layer in decoder_of(model).layers:
-            layer.self_attn.selection = replace(layer.self_attn.selection, topk=recipe.indexer.topk)
+        set_topk(model, recipe.indexer.topk)
     return model
 
 

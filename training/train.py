@@ -143,7 +143,7 @@ def make_trainer(
         processor,
         packed=recipe.data.packed,
         pad_to_multiple_of=recipe.data.pad_to_multiple_of,
-        config=load_config(recipe),
+        config=model.config,
     )
     try:
         KeyeTrainer.get_optimizer_cls_and_kwargs(arguments, model)  # is made with the first step only
