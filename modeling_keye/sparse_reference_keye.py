@@ -11,6 +11,7 @@ import math
 from functools import partial
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from .index_lists_keye import pack_index_list, unpack_index_list
@@ -364,18 +365,21 @@ def dense_attention(
 ) -> torch.Tensor:
     """See `sparse_attention_keye.dense_attention`."""
     heads, num_queries, dim = q.shape[1:]
-    num_keys, value_dim = k.shape[2], v.shape[-1]
+    value_dim = v.shape[-1]
+    at_slot = isinstance(query_offset, torch.Tensor)
+    masked = at_slot or (key_mask is not None and not bool(key_mask.all()))
+    num_keys = k.shape[2] if at_slot else query_offset + num_queries
     # The flash path needs equal widths.
     width = max(dim, value_dim)
     q, k, v = (torch.nn.functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
-    if q.is_cuda and heads != k.shape[1]:
-        # With a mask, grouped heads have no fused kernel there.
+    k, v = k[:, :, :num_keys], v[:, :, :num_keys]
+    if q.is_cuda and heads != k.shape[1] and (masked or not _has_fused_kernel(q, k, v)):
+        # With a mask, and for what the flash kernel does not take, grouped heads have no fused kernel there.
         k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
     attend = partial(torch.nn.functional.scaled_dot_product_attention, scale=scaling, enable_gqa=heads != k.shape[1])
-    at_slot = isinstance(query_offset, torch.Tensor)
-    masked = at_slot or (key_mask is not None and not bool(key_mask.all()))
-    if num_queries == num_keys and not masked:
-        out = attend(q, k, v, is_causal=num_queries > 1)
+    if not masked and (num_queries in (1, num_keys) or _has_fused_kernel(q, k, v)):
+        bias = None if num_queries in (1, num_keys) else causal_lower_right(num_queries, num_keys)
+        out = attend(q, k, v, attn_mask=bias, is_causal=1 < num_queries == num_keys)
         return out[..., :value_dim].transpose(1, 2)
 
     def block(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first) -> torch.Tensor:
@@ -390,6 +394,15 @@ def dense_attention(
         last = num_keys if at_slot else query_offset + end
         parts.append(_recomputed(block, q[:, :, begin:end], k[:, :, :last], v[:, :, :last], query_offset + begin))
     return torch.cat(parts, dim=2)[..., :value_dim].transpose(1, 2)
+
+
+def _has_fused_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether PyTorch has a CUDA kernel that takes a causal bias as such; elsewhere `CausalBias` becomes [S, T]."""
+    if not q.is_cuda:
+        return False
+    parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, q.shape[1] != k.shape[1])
+    checks = (torch.backends.cuda.can_use_flash_attention, torch.backends.cuda.can_use_efficient_attention)
+    return any(check(parameters) for check in checks)
 
 
 def dense_latent_attention(

@@ -37,17 +37,22 @@ def configuration(dry_run: bool) -> KeyeTextConfig:
 def expected_peak(config: KeyeTextConfig, tokens: int, weight_bytes: int, element_size: int) -> int:
     """Bytes at the peak of a prefill without gradients (docs/kernels.md, "Memory of a prefill").
 
-    The peak is where the chunks' outputs are joined: embedded prompt, chunks and whole stand side by side, and the
-    cache is full. Nothing grows with the square of the tokens, and no chunk's own buffers are alive then.
+    The peak is in the last chunk, when the cache is full. Nothing grows with the square of the tokens.
     """
-    row = config.kv_lora_rank + config.qk_rope_head_dim if config.attention_type == "mla" else 0
-    if config.attention_type == "gqa":
+    if config.attention_type == "mla":
+        row = config.kv_lora_rank + config.qk_rope_head_dim
+        widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+        absorbed = row + config.kv_lora_rank
+    else:
         row = 2 * config.num_key_value_heads * config.head_dim
+        widths, absorbed = 2 * config.head_dim, 0
     if config.indexer_type:
         row += config.index_head_dim
-    spare = max(256, min(tokens, config.prefill_chunk_tokens) // 4)
-    cache = config.num_hidden_layers * (tokens + spare) * row * element_size
-    return weight_bytes + 3 * tokens * config.hidden_size * element_size + cache
+    chunk = min(tokens, config.prefill_chunk_tokens)
+    cache = config.num_hidden_layers * (tokens + max(256, chunk // 4)) * row
+    states = chunk * (2 * config.hidden_size + config.num_attention_heads * widths)
+    step = min(chunk, 512) * config.num_attention_heads * absorbed
+    return weight_bytes + element_size * (2 * tokens * config.hidden_size + cache + states + step)
 
 
 def run(bench: Bench) -> None:

@@ -351,6 +351,8 @@ class KeyeTextModel(KeyePreTrainedModel):
                 given neither a mask nor a cache (`packing_keye.packed_bounds`). A packed row is never chunked and
                 returns no cache. `cu_seq_lens_k`, `max_length_q` and `max_length_k` are accepted and not needed.
             prefill_chunk_size (keyword): overrides the configuration's for this call.
+            hidden_states_to_keep (keyword): a prompt that is read in chunks returns hidden states for its last n tokens
+                only, and keeps none of the others; 0 means all.
             indexer_loss_scale (keyword): where the scale of this call's loss will stand, see `follow_loss`.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -391,7 +393,7 @@ class KeyeTextModel(KeyePreTrainedModel):
 
         scale = kwargs.pop("indexer_loss_scale", None)
         objective = self._start_objective(inputs_embeds.device)
-        outputs = []
+        kept, first_kept = None, num_queries - min(kwargs.pop("hidden_states_to_keep", 0) or num_queries, num_queries)
         for begin in range(0, num_queries, chunk):
             end = min(begin + chunk, num_queries)
             hidden_states, objective = self._decode(
@@ -405,8 +407,12 @@ class KeyeTextModel(KeyePreTrainedModel):
                 bounds=bounds,
                 **kwargs,
             )
-            outputs.append(hidden_states)
-        hidden_states = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+            if chunk < num_queries and end > first_kept:
+                if kept is None:
+                    kept = hidden_states.new_empty(batch, num_queries - first_kept, hidden_states.shape[-1])
+                skipped = max(first_kept - begin, 0)
+                kept[:, begin + skipped - first_kept : end - first_kept] = hidden_states[:, skipped:]
+        hidden_states = hidden_states if kept is None else kept
         loss = recall = None
         if objective is not None:
             scales = (self.indexer_loss_scale,) if scale is None else (scale, self.indexer_loss_scale)
@@ -698,12 +704,17 @@ class KeyeModel(KeyePreTrainedModel):
                 f"The {modality} features are {tokens.shape[-1]} wide, this decoder {inputs_embeds.shape[-1]}: "
                 "they were encoded for another model."
             )
-        return inputs_embeds.masked_scatter(places.unsqueeze(-1), tokens)
+        if input_ids is None or torch.is_grad_enabled():
+            return inputs_embeds.masked_scatter(places.unsqueeze(-1), tokens)
+        # Embedded here and for no gradient: a long video needs no second copy of its prompt.
+        inputs_embeds.view(-1, tokens.shape[-1]).index_copy_(0, places.flatten().nonzero().squeeze(1), tokens)
+        return inputs_embeds
 
     def check_features(self, places: torch.Tensor, modality: str, output) -> torch.Tensor:
         """The features of a modality as [tokens, hidden]; raises `ValueError` unless they fill `places` exactly."""
         tokens = output["pooler_output"] if isinstance(output, dict) else output
-        tokens = tokens if isinstance(tokens, torch.Tensor) else torch.cat(list(tokens))
+        if not isinstance(tokens, torch.Tensor):
+            tokens = tokens[0] if len(tokens) == 1 else torch.cat(list(tokens))
         if int(places.sum()) != tokens.shape[0]:
             raise ValueError(
                 f"The prompt holds {int(places.sum())} {modality} placeholders, but the {modality} features are "
@@ -857,6 +868,7 @@ class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
             cu_seq_lens_q=cu_seq_lens_q,
             return_dict=True,
             indexer_loss_scale=scale,
+            hidden_states_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
             **kwargs,
         )
         partial = not isinstance(logits_to_keep, int) or logits_to_keep > 0

@@ -17,10 +17,15 @@ SMALL = {"num_hidden_layers": 1, "anchor_stride": 64, "index_topk": 32}
 
 
 class Watch(TorchDispatchMode):
-    """Sees every tensor that any operation makes, backward included: the largest one and the bytes alive at once."""
+    """Sees every tensor that any operation makes, backward included: the largest one and the bytes alive at once.
 
-    def __init__(self):
+    Views of `model`'s weights are not counted.
+    """
+
+    def __init__(self, model: torch.nn.Module | None = None):
         super().__init__()
+        held = () if model is None else (*model.parameters(), *model.buffers())
+        self.held = {x.untyped_storage()._cdata for x in held}
         self.largest, self.largest_by = 0, ""
         self.alive = self.peak = 0
         self.storages: dict[int, int] = {}
@@ -37,7 +42,7 @@ class Watch(TorchDispatchMode):
             self.largest, self.largest_by = tensor.numel(), f"{func} -> {tuple(tensor.shape)}"
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self.storages:
+        if key not in self.storages and key not in self.held:
             self.storages[key] = size = storage.nbytes()
             self.alive += size
             self.peak = max(self.peak, self.alive)
@@ -76,6 +81,23 @@ def test_nothing_quadratic_is_made(kind, padding):
     with Watch() as decode, torch.no_grad():
         model(text_ids(1, 1), attention_mask=inputs["attention_mask"], past_key_values=cache)
     assert decode.largest < TOKENS * 64 * 6, decode.largest_by
+
+
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+def test_a_long_video_stands_in_memory_once(kind):
+    """Beside the caller's features: the embedded prompt, and what is kept of its hidden states."""
+    rule = {"anchor_stride": 512, "local_window": 4, "index_topk": 8, "prefill_chunk_tokens": 128}
+    model = tiny_model(kind, num_hidden_layers=1, hidden_size=2048, **rule)
+    ids = text_ids(1, TOKENS)
+    ids[:, 10:-10] = model.config.video_token_id
+    features = {"video": {"pooler_output": (torch.randn(TOKENS - 20, 2048),)}}
+    inputs = {"input_ids": ids, "mm_encoder_outputs": features, "position_ids": torch.arange(TOKENS)[None]}
+    copies = {}
+    for kept in (1, 0):
+        with Watch(model) as watch, torch.no_grad():
+            model(**inputs, use_cache=True, logits_to_keep=kept)
+        copies[kept] = watch.peak / features["video"]["pooler_output"][0].nbytes
+    assert copies[1] < 1.5 and 2 < copies[0] < 2.5, copies
 
 
 @pytest.mark.parametrize("padding", [0, 100])

@@ -338,6 +338,19 @@ def test_dense_equals_masked_maths(kind, case, num_queries, num_keys):
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mla"])
+@pytest.mark.parametrize(("num_queries", "num_keys"), DENSE_SHAPES)
+def test_dense_with_a_bias_in_place_of_masks(kind, num_queries, num_keys, monkeypatch):
+    """The way of a CUDA device with PyTorch's own kernels; there are keys behind the last query."""
+    monkeypatch.setattr(sparse_reference_keye, "_has_fused_kernel", lambda *tensors: True)
+    monkeypatch.setattr(sparse_reference_keye, "_causal_mask", None)
+    q, k, v = make(kind, num_queries, num_keys)
+    longer = (torch.nn.functional.pad(x, (0, 0, 0, 5), value=torch.nan) for x in (k, v))
+    expected, _ = run_judge((q, k, v), causal(num_queries, num_keys, None))
+    out = run_dense(kind, (q, *longer), num_keys, None)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["none", "left", "holes", "empty"])
 @pytest.mark.parametrize("num_queries", [1, 3])

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu.bench import use_model_without_video
+
+use_model_without_video()  # so that `pytest tests/kernels` runs on a lent GPU machine that has no PyAV
 # Triton reads this when a kernel is decorated, so it stands before the first import of a kernel file.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -47,11 +50,12 @@ def poisoned(monkeypatch):
     def filling(allocate):
         def filled(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
-            if tensor.dtype == torch.bool:
-                return tensor.fill_(True)
-            if tensor.dtype in (torch.uint8, torch.int8):
-                return tensor.fill_(77)
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else POISONED_INTEGER)
+            with torch.no_grad():  # a leaf that asks for a gradient is filled too
+                if tensor.dtype == torch.bool:
+                    return tensor.fill_(True)
+                if tensor.dtype in (torch.uint8, torch.int8):
+                    return tensor.fill_(77)
+                return tensor.fill_(float("nan") if tensor.is_floating_point() else POISONED_INTEGER)
 
         return filled
 

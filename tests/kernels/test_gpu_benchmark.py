@@ -4,12 +4,10 @@ import json
 import os
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import readme_table
 from benchmarks.gpu import goals, part_counters, part_prefill, run_all
@@ -17,6 +15,7 @@ from examples import export_kernels
 from modeling_keye import triton_common_keye
 from modeling_keye.configuration_keye import KeyeTextConfig
 from modeling_keye.modeling_keye import KeyeTextModel
+from tests.core.test_memory import Watch
 
 ROOT = Path(__file__).resolve().parents[2]
 interpreted = pytest.mark.skipif(not triton_common_keye.INTERPRETED, reason="runs in the interpreter")
@@ -159,52 +158,23 @@ def test_readme_says_what_the_results_say():
     assert readme_table.main(["--check"]) == 0
 
 
-def peak_allocation(model: torch.nn.Module, function) -> int:
-    """Bytes of the storages made during the call, beside the model's, that were alive together at most."""
-    held = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
-    alive, peak, sizes = 0, 0, {}
-
-    def gone(key):
-        nonlocal alive
-        alive -= sizes.pop(key)
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, operator, kinds, arguments=(), options=None):
-            nonlocal alive, peak
-            result = operator(*arguments, **(options or {}))
-            for tensor in torch.utils._pytree.tree_leaves(result):
-                if not isinstance(tensor, torch.Tensor):
-                    continue
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in sizes and key not in held:
-                    sizes[key] = storage.nbytes()
-                    alive += sizes[key]
-                    weakref.finalize(storage, gone, key)
-                    peak = max(peak, alive)
-            return result
-
-    with Watch():
-        function()
-    return peak
-
-
 GROUPED = {"attention_type": "gqa", "indexer_type": "keye_vl_2", "num_key_value_heads": 1, "head_dim": 16}
 
 
 @pytest.mark.parametrize("kind", ["mla", "gqa"])
 def test_formula_of_the_prefill_memory(kind):
     """docs/kernels.md: within 10 % of what a model allocates whose prompt is far longer than its chunks."""
-    changes = {"hidden_size": 1024, "prefill_chunk_tokens": 512, "local_window": 4, "anchor_stride": 512}
+    changes = {"hidden_size": 4096, "prefill_chunk_tokens": 128, "local_window": 4, "anchor_stride": 512}
     changes |= {"num_hidden_layers": 2, "mlp_layer_types": ["dense"] * 2}
     changes |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     config = KeyeTextConfig(**part_prefill.TINY | changes | (GROUPED if kind == "gqa" else {}))
     model = KeyeTextModel(config).eval()
     weights = sum(x.numel() * x.element_size() for x in model.parameters())
     tokens = torch.randint(0, config.vocab_size, (1, 8192))
-    with torch.no_grad():
-        found = weights + peak_allocation(model, lambda: model(tokens, use_cache=False))
-    assert abs(found / part_prefill.expected_peak(config, tokens.shape[1], weights, 4) - 1) < 0.1
+    with torch.no_grad(), Watch(model) as watch:
+        model(tokens, use_cache=False)
+    ratio = (weights + watch.peak) / part_prefill.expected_peak(config, tokens.shape[1], weights, 4)
+    assert abs(ratio - 1) < 0.1, ratio
 
 
 def test_exported_kernel_runs_without_this_repository(tmp_path):

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
+from benchmarks.gpu.part_prefill import TINY
 from modeling_keye import ops_keye, sparse_attention_keye, sparse_reference_keye
 from modeling_keye.configuration_keye import KeyeTextConfig
+from modeling_keye.modeling_keye import KeyeTextModel
 from modeling_keye.presets_keye import PRESETS
 from modeling_keye.sparse_attention_keye import Selection
 
@@ -109,6 +112,85 @@ def test_compiled_step_equals_eager(mode):
         parts = inputs(1)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(compiled(*parts), step(*parts)))
     torch._dynamo.reset()
+
+
+def captured_step(model, token, cache):
+    """A step of the model in a CUDA graph, which takes its token and its slot from memory."""
+    sparse_attention_keye.warm_up(model.config, token.device, model.dtype)
+    held = torch.empty_like(token)
+
+    def run():
+        return model(held, past_key_values=cache).last_hidden_state
+
+    held.copy_(token)
+    before = cache.layers[0].cumulative_length.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # what the libraries set up on a first call is no part of the graph
+    torch.cuda.current_stream().wait_stream(stream)
+    for layer in cache.layers:
+        layer.cumulative_length.copy_(before)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+
+    def step(token):
+        held.copy_(token)
+        graph.replay()
+        return out.clone()
+
+    return step
+
+
+def compiled_step(model, token, cache):
+    step = torch.compile(lambda token: model(token, past_key_values=cache).last_hidden_state, mode="reduce-overhead")
+    return lambda token: step(token).clone()
+
+
+@pytest.mark.parametrize("make_step", [captured_step, compiled_step])
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+@torch.no_grad()
+def test_decoding_steps_of_a_model_in_a_graph(kind, make_step):
+    """One graph for every slot of a static cache gives the hidden states of eager steps over a growing cache."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    grouped = {"attention_type": "gqa", "indexer_type": "keye_vl_2", "num_key_value_heads": 1, "head_dim": 16}
+    rules = {"local_window": 8, "anchor_stride": 16, "num_hidden_layers": 2, "mlp_layer_types": ["dense"] * 2}
+    rules |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    config = KeyeTextConfig(**TINY | rules | (grouped if kind == "gqa" else {}))
+    model = KeyeTextModel(config).eval().to("cuda", torch.float16)
+    tokens = torch.randint(0, config.vocab_size, (2, 160), device="cuda")
+    growing, static = DynamicCache(config=config), StaticCache(config=config, max_cache_len=200)
+    for cache in (growing, static):
+        model(tokens[:, :100], past_key_values=cache)
+    step = make_step(model, tokens[:, 100:101], static)
+    for place in range(100, 160):
+        token = tokens[:, place : place + 1]
+        wanted = model(token, past_key_values=growing).last_hidden_state.double()
+        assert float((step(token).double() - wanted).norm() / wanted.norm()) < 1e-2, place
+    assert int(static.get_seq_length()) == 160
+    assert {layer.self_attn.backend_ran for layer in model.layers} == {"triton"}
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("num_queries", [1, 64, KEYS])
+@torch.no_grad()
+def test_dense_attention_makes_no_mask_and_repeats_no_head(num_queries, monkeypatch):
+    monkeypatch.setattr(sparse_reference_keye, "_causal_mask", None)
+    q, k, v = inputs(num_queries)[1]
+    place = {"scaling": SCALE, "query_offset": KEYS - num_queries, "key_mask": None}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = sparse_reference_keye.dense_attention(q.transpose(1, 2), k, v, **place)
+    assert torch.cuda.max_memory_allocated() - before < 2 * out.nbytes + 4 * k.nbytes
+    rows = slice(-64, None)
+    keys, values = (x.repeat_interleave(8, dim=1).double() for x in (k, v))
+    scores = torch.einsum("bshd,bhtd->bhst", q[:, rows].double(), keys) * SCALE
+    slots = torch.arange(KEYS, device="cuda")
+    scores = scores.masked_fill(slots > slots[rows, None][-q[:, rows].shape[1] :], -torch.inf)
+    exact = torch.einsum("bhst,bhtd->bshd", scores.softmax(dim=-1), values)
+    assert float((out[:, rows].double() - exact).norm() / exact.norm()) < 1e-2
 
 
 def test_auto_takes_the_kernels_and_agrees_with_pytorch():
