@@ -35,7 +35,8 @@ from .triton_gather_keye import (
     used_places,
 )
 
-# Rows of the workspace are whole tiles of places, so that stores there need no mask.
+# Rows of the workspace are whole tiles of places, so that stores there need no mask. The first kernel fills the last of
+# these tiles even where its own are shorter: the second reads it whole.
 _PLACES_MULTIPLE = 64
 
 
@@ -129,6 +130,7 @@ def _score_gradients_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PLACES_MULTIPLE: tl.constexpr,
     SWAPPED: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
@@ -155,8 +157,8 @@ def _score_gradients_kernel(
     kv_ptr += i_b * stride_kb
     probs_ptr += i_local * num_heads * row_places
     grad_scores_ptr += i_local * num_heads * row_places
-    used = tl.load(used_ptr + i_query)
-    for start in range(0, used, BLOCK_K):
+    written = tl.cdiv(tl.load(used_ptr + i_query), PLACES_MULTIPLE) * PLACES_MULTIPLE
+    for start in range(0, written, BLOCK_K):
         o_place = start + tl.arange(0, BLOCK_K)
         b_index = tl.load(indices_ptr + o_place * stride_ik, mask=o_place < num_places, other=-1)
         m_place = (b_index >= 0) & (b_index < num_keys)
@@ -335,6 +337,7 @@ def backward(
                 BLOCK_R=block_r,
                 BLOCK_H=first.heads,
                 BLOCK_K=first.places,
+                PLACES_MULTIPLE=_PLACES_MULTIPLE,
                 SWAPPED=first.swapped,
                 **types,
                 num_warps=first.num_warps,
