@@ -98,6 +98,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def within_32_bits(x: torch.Tensor) -> torch.Tensor:
+    """x [B, S, H, ...], copied where its heads lie too far apart: kernels count from head to head in 32 bits."""
+    return x.contiguous() if x.shape[2] * x.stride(2) >= 2**31 else x
+
+
 def on_device(device: torch.device) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the one that holds the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

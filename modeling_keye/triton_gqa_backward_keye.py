@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .triton_common_keye import jit, on_device, operand_dtype, shared_memory, tl, triton
+from .triton_common_keye import jit, on_device, operand_dtype, shared_memory, tl, triton, within_32_bits
 from .triton_gather_keye import (
     HOPPER_SHARED,
     WORKSPACE_BYTES,
@@ -26,6 +26,7 @@ from .triton_gather_keye import (
     load_rows,
     scores_of,
 )
+from .triton_tuning_keye import tunable
 from .triton_union_keye import unions, unit_blocks
 
 
@@ -45,6 +46,7 @@ class Tiles:
     num_stages: int
 
 
+@tunable("gqa_backward", places=(32, 64), num_warps=(4, 8), num_stages=(1, 2, 3))
 def tiles_for(heads_per_group: int, dim: int, value_dim: int, element_size: int, shared: int) -> Tiles:
     """Blocks for padded head sizes that fit `shared` bytes; no length enters."""
     heads = triton.next_power_of_2(heads_per_group)
@@ -203,6 +205,7 @@ def backward(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q [B, S, H, D], k [B, G, T, D] and v [B, G, T, E] for `out`, `lse` of the forward pass."""
+    q, grad_out = within_32_bits(q), within_32_bits(grad_out)
     batch, num_queries, heads, dim = q.shape
     groups, num_keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from .triton_common_keye import jit, on_device, shared_memory, tl, triton
+from .triton_common_keye import jit, on_device, shared_memory, tl, triton, within_32_bits
 from .triton_gather_keye import (
     HOPPER_SHARED,
     LOG2_E,
@@ -346,6 +346,7 @@ def sparse_kl(
     Returns:
         the sum [] in float32 (float64 when an input is). Raises `ValueError` where `unsupported` has something to say.
     """
+    q, queries = within_32_bits(q), within_32_bits(queries)
     batch, num_queries, heads, dim = queries.shape
     num_keys, num_places = keys.shape[2], selected.shape[2]
     tiles = _tiles(queries, keys, q, k)

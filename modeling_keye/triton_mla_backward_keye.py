@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .triton_common_keye import jit, on_device, operand_dtype, shared_memory, tl, triton
+from .triton_common_keye import jit, on_device, operand_dtype, shared_memory, tl, triton, within_32_bits
 from .triton_gather_keye import (
     HOPPER_SHARED,
     WORKSPACE_BYTES,
@@ -34,6 +34,7 @@ from .triton_gather_keye import (
     scores_of,
     used_places,
 )
+from .triton_tuning_keye import tunable
 
 # Rows of the workspace are whole tiles of places, so that stores there need no mask. The first kernel fills the last of
 # these tiles even where its own are shorter: the second reads it whole.
@@ -63,6 +64,7 @@ class RowTiles:
     num_stages: int
 
 
+@tunable("mla_backward_scores", heads=(16, 32, 64), places=(32, 64), num_warps=(4, 8), num_stages=(1, 2, 3))
 def score_tiles(heads: int, latent: int, width: int, element_size: int, shared: int) -> ScoreTiles:
     """Blocks for padded sizes `latent` and `width` that fit `shared` bytes; no length enters."""
     hopper = shared >= HOPPER_SHARED and element_size == 2
@@ -82,6 +84,7 @@ def score_tiles(heads: int, latent: int, width: int, element_size: int, shared: 
     return ScoreTiles(block, places, hopper and block < 64 <= places, 4 if hopper else 8, 2)
 
 
+@tunable("mla_backward_rows", places=(32, 64), columns=(64, 128), num_warps=(4, 8), num_stages=(1, 2, 3))
 def row_tiles(heads: int, width: int, element_size: int, shared: int) -> RowTiles:
     """Blocks for `heads` heads of `width` columns that fit `shared` bytes; no length enters."""
     block = max(16, triton.next_power_of_2(heads))
@@ -286,6 +289,8 @@ def backward(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of q [B, S, H, W] and kv [B, T, W] for `out`, `lse` of the forward pass and grad_out [B, S, H, C]."""
+    # What comes back through the value up-projection is laid out by heads, over all queries.
+    q, grad_out = within_32_bits(q), grad_out.contiguous()
     batch, num_queries, heads, width = q.shape
     num_keys, num_places = kv.shape[1], indices.shape[2]
     latent = out.shape[-1]

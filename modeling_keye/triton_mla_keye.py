@@ -15,7 +15,16 @@ from dataclasses import dataclass
 
 import torch
 
-from .triton_common_keye import jit, multiprocessors, on_device, operand_dtype, shared_memory, tl, triton
+from .triton_common_keye import (
+    jit,
+    multiprocessors,
+    on_device,
+    operand_dtype,
+    shared_memory,
+    tl,
+    triton,
+    within_32_bits,
+)
 from .triton_gather_keye import (
     HOPPER_SHARED,
     LOG2_E,
@@ -28,6 +37,7 @@ from .triton_gather_keye import (
     used_places,
 )
 from .triton_mla_backward_keye import backward, padded_sizes, score_tiles
+from .triton_tuning_keye import tunable
 
 MAX_HEADS = 128
 # Output elements that the registers of one program hold in float32: 64 heads x 512.
@@ -45,6 +55,7 @@ class Tiles:
     num_stages: int
 
 
+@tunable("mla_forward", heads=(16, 32, 64), places=(32, 64), num_warps=(4, 8), num_stages=(1, 2, 3))
 def forward_tiles(heads: int, latent: int, width: int, element_size: int, shared: int) -> Tiles:
     """Blocks for `heads` heads, padded sizes `latent` and `width`, that fit `shared` bytes; no length enters.
 
@@ -176,6 +187,7 @@ def unsupported(q: torch.Tensor, kv: torch.Tensor, value_dim: int) -> str | None
 def _forward(
     q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, scaling: float, value_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    q = within_32_bits(q)
     batch, num_queries, heads, width = q.shape
     rotary = width - value_dim
     dtype = torch.promote_types(q.dtype, kv.dtype)

@@ -17,6 +17,8 @@ The slot may also be an int64 tensor [] on the device of the inputs, for steps o
 cache, whatever it holds behind the queries, and nothing waits for the device, so that one graph serves all positions.
 """
 
+import ctypes
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,6 +26,7 @@ import torch
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from .autotune_keye import autotune as _autotune_kernels
 from .flash_attention_keye import flash_causal, flash_version
 from .ops_keye import select_tokens as _triton_select_tokens
 from .ops_keye import sparse_gqa as _triton_sparse_gqa
@@ -43,7 +46,8 @@ from .warm_up_keye import warm_up as _warm_up_kernels
 ATTENTION_NAME = "keye_sparse"
 BACKENDS = ("auto", "torch", "triton")
 # Code that Triton's assembler makes runs on drivers from CUDA 12.0 on.
-_OLDEST_DRIVER = 12000
+_OLDEST_DRIVER = (12, 0)
+_DRIVER_LIBRARIES = ("libcuda.so.1", "nvcuda.dll")
 
 
 @dataclass(frozen=True)
@@ -138,9 +142,23 @@ def _driver_problem() -> str | None:
     if not torch.cuda.is_available():
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         return f'PyTorch, built {built}, finds no CUDA device or driver that it can use; choose the backend "torch".'
-    if torch.version.cuda is not None and torch._C._cuda_getDriverVersion() < _OLDEST_DRIVER:
-        found, oldest = (f"{v // 1000}.{v % 1000 // 10}" for v in (torch._C._cuda_getDriverVersion(), _OLDEST_DRIVER))
+    version = _driver_version()
+    if version is not None and version < _OLDEST_DRIVER:
+        found, oldest = (".".join(map(str, numbers)) for numbers in (version, _OLDEST_DRIVER))
         return f'The driver supports CUDA {found} and Triton\'s code needs {oldest}; choose the backend "torch".'
+    return None
+
+
+def _driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the driver supports, None where it does not say. PyTorch has no public question for it."""
+    for name in _DRIVER_LIBRARIES:
+        try:
+            ask = ctypes.CDLL(name).cuDriverGetVersion
+        except (OSError, AttributeError):
+            continue
+        version = ctypes.c_int()
+        if ask(ctypes.byref(version)) == 0:
+            return version.value // 1000, version.value % 1000 // 10
     return None
 
 
@@ -188,6 +206,36 @@ def warm_up(
     if resolve_backend("auto", torch.device(device), dtype) == "torch":
         return {}
     return _warm_up_kernels(config, device, dtype, training=training)
+
+
+def autotune(
+    config,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    training: bool = False,
+    file: str | os.PathLike | None = None,
+) -> list[dict]:
+    """Measures which blocks of the kernels are fastest on this device for a decoder of this configuration; uses them.
+
+    Call it before `warm_up` and before the first input: other blocks round otherwise, so results before and after may
+    differ by rounding (selections never do). Minutes, nearly all of them compilation. Blocks depend on head sizes,
+    dtype and device alone, so nothing is measured or compiled per length afterwards.
+
+    Args:
+        config: a `KeyeTextConfig`, or a `KeyeConfig`. device, dtype: the model's.
+        training: the backward kernels too.
+        file: JSON file that keeps what was measured, per device and release of Triton. What it holds is used instead
+            of measuring again, and each kernel is added as soon as it is done.
+
+    Returns:
+        One record per kernel: `blocks` and `ms` of what is used now, `own` and `own_ms` of what the kernel chooses by
+        itself. Empty where PyTorch is the backend. Raises `ValueError` with one sentence where the kernels do not take
+        these head sizes, or the file is none of `autotune`.
+    """
+    if resolve_backend("auto", torch.device(device), dtype) == "torch":
+        return []
+    return _autotune_kernels(config, device, dtype, training=training, file=file)
 
 
 def _check_indices(indices: torch.Tensor, q: torch.Tensor) -> None:

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 
 import torch
 
-from .triton_common_keye import jit, multiprocessors, on_device, operand_dtype, shared_memory, tl, triton
+from .triton_common_keye import (
+    jit,
+    multiprocessors,
+    on_device,
+    operand_dtype,
+    shared_memory,
+    tl,
+    triton,
+    within_32_bits,
+)
 from .triton_gather_keye import (
     HOPPER_SHARED,
     LOG2_E,
@@ -29,6 +38,7 @@ from .triton_gather_keye import (
 )
 from .triton_gqa_backward_keye import backward, padded
 from .triton_gqa_backward_keye import tiles_for as backward_tiles
+from .triton_tuning_keye import tunable
 from .triton_union_keye import unions, unit_blocks
 
 
@@ -43,6 +53,7 @@ class Tiles:
     num_stages: int
 
 
+@tunable("gqa_unions", places=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4))
 def union_tiles(heads_per_group: int, dim: int, value_dim: int, element_size: int, shared: int) -> Tiles:
     """Blocks for padded head sizes that fit `shared` bytes; no length enters."""
     heads = triton.next_power_of_2(heads_per_group)
@@ -57,6 +68,7 @@ def union_tiles(heads_per_group: int, dim: int, value_dim: int, element_size: in
     return Tiles(rows // heads, heads, places, 8, 3)
 
 
+@tunable("gqa_lists", places=(32, 64, 128), num_warps=(2, 4, 8), num_stages=(2, 3, 4))
 def list_tiles(heads_per_group: int, dim: int, value_dim: int, element_size: int, shared: int) -> Tiles:
     """The same for one query per program."""
     heads = max(16, triton.next_power_of_2(heads_per_group))
@@ -193,6 +205,7 @@ def _sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[int, int,
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    q = within_32_bits(q)
     batch, num_queries, heads, dim = q.shape
     groups, num_keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from .triton_common_keye import jit, on_device, shared_memory, tl, triton
+from .triton_common_keye import jit, on_device, shared_memory, tl, triton, within_32_bits
 from .triton_gather_keye import LOG2_E, WORKSPACE_BYTES, load_rows, scores_of
 from .triton_kl_index_keye import gradient_tiles, index_lse, index_scores, slab_gradients
 from .triton_kl_keye import (
@@ -278,6 +278,7 @@ def dense_kl(
     Returns:
         the sum [] in float32 (float64 when an input is). Raises `ValueError` where `unsupported` has something to say.
     """
+    q, queries = within_32_bits(q), within_32_bits(queries)
     batch, num_queries = queries.shape[:2]
     statistics = statistics_dtype(queries, keys, q, k)
     value = torch.zeros((), dtype=statistics, device=q.device)

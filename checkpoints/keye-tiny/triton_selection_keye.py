@@ -27,7 +27,8 @@ from dataclasses import dataclass
 import torch
 
 from .sparse_reference_keye import forced_count
-from .triton_common_keye import jit, on_device, operand_dtype, ordered_bits, shared_memory, tl, triton
+from .triton_common_keye import jit, on_device, operand_dtype, ordered_bits, shared_memory, tl, triton, within_32_bits
+from .triton_tuning_keye import tunable
 
 # Scores of one chunk: 28 MiB, so that they stay in an H100's L2. The list of survivors is as long, and peaks and groups
 # are an eighth: the workspace is 60 MiB at any length (as long as one row fits, 7 M keys).
@@ -62,6 +63,8 @@ class ScoreTiles:
     num_stages: int
 
 
+# Other tiles of keys would take another matrix instruction, which adds in another order.
+@tunable("selection_scores", num_warps=(4, 8), num_stages=(2, 3, 4))
 def score_tiles(heads: int, dim: int, dtype: torch.dtype, shared: int) -> ScoreTiles:
     """Blocks for an indexer of `heads` x `dim` in `shared` bytes of shared memory; no sequence length enters.
 
@@ -512,7 +515,7 @@ def _select(
     heads, dim = q.shape[2:]
     dtype = torch.promote_types(q.dtype, k.dtype)
     dtype = torch.float32 if dtype == torch.float64 else dtype  # scores are float32 in every backend
-    q, k = q.to(dtype), k.to(dtype)
+    q, k = within_32_bits(q.to(dtype)), k.to(dtype)
     tiles = score_tiles(heads, dim, dtype, shared_memory(q.device))
     tile, num_warps = select_tile(query_offset + num_queries)
     chunks = list(_chunks(batch, first_query, num_queries, query_offset))

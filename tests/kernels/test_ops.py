@@ -398,11 +398,31 @@ def test_a_device_without_driver_is_named(monkeypatch):
 def test_a_driver_that_is_too_old_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "11.8")
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 11080, raising=False)
+    monkeypatch.setattr(sparse_attention_keye, "_driver_version", lambda: (11, 8))
     with pytest.raises(ValueError) as refused:
         resolve_backend("triton", CUDA)
     assert says(str(refused.value), "CUDA 11.8", "12.0")
     assert resolve_backend("auto", CUDA) == "torch"
+
+
+@pytest.mark.usefixtures("fresh_answers")
+@pytest.mark.parametrize(("answer", "version"), [((0, 13010), (13, 1)), ((3, 0), None), (None, None)])
+def test_the_driver_is_asked_by_its_own_library(answer, version, monkeypatch):
+    """PyTorch's own name for this comes and goes with its releases. A driver that does not answer is no complaint."""
+
+    class Library:
+        def __init__(self, name):
+            if answer is None:
+                raise OSError(f"{name}: cannot open shared object file")
+
+        def cuDriverGetVersion(self, pointer):
+            code, pointer._obj.value = answer
+            return code
+
+    monkeypatch.setattr(sparse_attention_keye.ctypes, "CDLL", Library)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert sparse_attention_keye._driver_version() == version
+    assert sparse_attention_keye._driver_problem() is None
 
 
 @pytest.mark.usefixtures("fresh_answers")
@@ -441,3 +461,13 @@ def test_head_sizes_that_do_not_fit_are_named(monkeypatch):
 def test_imports_without_triton():
     code = "import sys; sys.modules['triton'] = None; from modeling_keye.sparse_attention_keye import warm_up"
     subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=True)
+
+
+def test_heads_far_apart_are_brought_together():
+    """128 heads of 512 laid out over 32K queries: the last one lies 2^31 numbers behind the first."""
+    queries, heads, dim = 2**15, 128, 512
+    far = torch.empty_strided((1, queries, heads, dim), (1, dim, queries * dim, 1), device="meta")
+    near = triton_common_keye.within_32_bits(far)
+    assert near.shape == far.shape and near.stride(2) == dim
+    for kept in (far[:, :, :-1], torch.empty(1, 8, heads, dim, device="meta")):
+        assert triton_common_keye.within_32_bits(kept) is kept

@@ -221,7 +221,7 @@ def test_chunks_and_repeats_change_nothing(device, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tile", "digit", "span", "row_multiple"), [(64, 8, 64, 64), (1024, 16, 128, 32), (256, 3, 1024, 64)]
+    ("tile", "digit", "span", "row_multiple"), [(64, 8, 64, 64), (1024, 10, 128, 32), (256, 3, 1024, 64)]
 )
 def test_tilings_agree(tile, digit, span, row_multiple, device, monkeypatch):
     num_keys, first_query = 420, 418

@@ -1,0 +1,219 @@
+"""Finds out on a device which blocks of the kernels are fastest for a model, and keeps the answer in a file.
+
+Each kernel begins with the blocks that its file chooses by arithmetic. One field after the other takes its other
+values; blocks that are faster, by more than times scatter, and give the same result stay. What does not fit the device,
+or does not compile there, is passed over.
+"""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from .ops_keye import select_tokens, sparse_gqa, sparse_mla
+from .sparse_reference_keye import forced_count
+from .triton_common_keye import triton
+from .triton_tuning_keye import OPTIONS, last_asked, own_choice, trial, use
+
+# A prompt of this many tokens, of which so many queries are worked on: milliseconds on the devices of today.
+_KEYS, _QUERIES = 32768, 1024
+# Sequences of a decoding step, and neighbouring queries that share their keys.
+_BATCH, _RUN = 16, 16
+# Other blocks must take less than this share of the time to be taken.
+_MARGIN = 0.97
+# Relative distance of results that differ in the order of their sums: some roundings of bfloat16.
+_TOLERANCE = 1e-2
+
+
+def autotune(
+    config,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    training: bool = False,
+    file: str | os.PathLike | None = None,
+) -> list[dict]:
+    """See `sparse_attention_keye.autotune`."""
+    config = getattr(config, "text_config", None) or config
+    device = torch.device(device)
+    path = None if file is None else Path(file)
+    place = {"device": _name(device), "triton": triton.__version__}
+    records = _read(path)
+    ours = {(r["kernel"], _sizes(r)): r for r in records if place.items() <= r.items()}
+    for (kernel, sizes), record in ours.items():
+        use(kernel, sizes, _blocks(record, path))
+    answer = []
+    with logging.tqdm(_workloads(config, device, dtype, training), desc="Tuning kernels", unit="kernel") as bar:
+        for kernel, build in bar:
+            bar.set_postfix_str(kernel)
+            step = build()
+            expected = step()
+            sizes = last_asked(kernel)
+            if (kernel, sizes) not in ours:
+                written = [str(size) if isinstance(size, torch.dtype) else size for size in sizes]
+                found = _search(kernel, sizes, step, expected, device)
+                ours[kernel, sizes] = {**place, "kernel": kernel, "sizes": written, **found}
+                use(kernel, sizes, _blocks(ours[kernel, sizes], path))
+                records.append(ours[kernel, sizes])
+                _write(path, records)  # after each kernel: an interrupted call goes on from here
+            answer.append(ours[kernel, sizes])
+    return answer
+
+
+def _search(kernel: str, sizes: tuple, step: Callable, expected: tuple, device: torch.device) -> dict:
+    """The fastest blocks with their milliseconds, and those of the kernel's own choice."""
+    own = best = own_choice(kernel, sizes)
+    with trial(kernel, sizes, own):
+        own_ms = best_ms = _milliseconds(step, device)
+    tried = {own}
+    for field, values in OPTIONS[kernel].items():
+        for blocks in [replace(best, **{field: value}) for value in values]:
+            if blocks in tried:
+                continue
+            tried.add(blocks)
+            with trial(kernel, sizes, blocks):
+                try:
+                    spent = _milliseconds(step, device) if _same(step(), expected) else float("inf")
+                except triton.TritonError:
+                    continue  # too much shared memory or too many registers, or more than the compiler can do
+                except RuntimeError as error:
+                    if "PassManager" not in str(error):
+                        raise
+                    continue
+            if spent < _MARGIN * best_ms:
+                best, best_ms = blocks, spent
+    return {"blocks": asdict(best), "ms": round(best_ms, 4), "own": asdict(own), "own_ms": round(own_ms, 4)}
+
+
+def _same(found: tuple, expected: tuple) -> bool:
+    """Whether selections are equal and numbers differ by rounding; NaN is never the same."""
+    for ours, theirs in zip(found, expected):
+        if not ours.is_floating_point():
+            if not torch.equal(ours, theirs):
+                return False
+        elif not (ours.double() - theirs.double()).norm() <= _TOLERANCE * theirs.double().norm():
+            return False
+    return True
+
+
+def _milliseconds(step: Callable, device: torch.device) -> float:
+    """Median of some runs behind one that compiles."""
+    step()
+    times = []
+    while len(times) < 5 or (len(times) < 20 and sum(times) < 50):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            began = time.perf_counter()
+            step()
+            times.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(times)
+
+
+def _workloads(config, device, dtype, training: bool) -> list[tuple[str, Callable[[], Callable]]]:
+    """Each kernel with what builds a call of it, whose result is a tuple of tensors."""
+    topk = config.index_topk if config.indexer_type else None
+    rule = {"topk": topk, "local_window": config.local_window, "anchor_stride": config.anchor_stride}
+    if all(value is None for value in rule.values()):
+        return []  # dense layers only
+    forced = forced_count(_KEYS, config.local_window, config.anchor_stride)
+    places = min(_KEYS, -(-(forced + (topk or 0)) // 16) * 16)
+    work = [("selection_scores", partial(_selection, config, rule, places, device, dtype))] if topk else []
+    if config.attention_type == "mla":
+        forward, backward = ["mla_forward"], ["mla_backward_scores", "mla_backward_rows"]
+    else:
+        forward, backward = ["gqa_unions", "gqa_lists"], ["gqa_backward"]
+    for kernel in forward + backward * training:
+        batch, queries = (_BATCH, 1) if kernel == "gqa_lists" else (1, _QUERIES)
+        work.append((kernel, partial(_attention, config, batch, queries, places, device, dtype, kernel in backward)))
+    return work
+
+
+def _selection(config, rule, places, device, dtype) -> Callable:
+    heads, dim = config.index_n_heads, config.index_head_dim
+    generator = torch.Generator(device).manual_seed(0)
+    draw = partial(torch.randn, generator=generator, device=device)
+    q, k = draw(1, _QUERIES, heads, dim).to(dtype), draw(1, _KEYS, dim).to(dtype)
+    weights = draw(1, _QUERIES, heads)
+    place = {"batch_size": 1, "num_queries": _QUERIES, "query_offset": _KEYS - _QUERIES, "key_mask": None}
+    return lambda: (select_tokens(q, k, weights, **rule, **place, width=places, device=device),)
+
+
+def _attention(config, batch, queries, places, device, dtype, backward: bool) -> Callable:
+    generator = torch.Generator(device).manual_seed(0)
+    draw = partial(torch.randn, generator=generator, device=device)
+    chosen = torch.rand(batch, -(-queries // _RUN), _KEYS, generator=generator, device=device).topk(places).indices
+    indices = chosen.sort().values.to(torch.int32).repeat_interleave(_RUN, dim=1)[:, :queries].contiguous()
+    if config.attention_type == "mla":
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        inputs = [draw(batch, queries, config.num_attention_heads, width), draw(batch, _KEYS, width)]
+        attend = partial(sparse_mla, indices=indices, scaling=width**-0.5, value_dim=config.kv_lora_rank)
+    else:
+        keys = (batch, config.num_key_value_heads, _KEYS, config.head_dim)
+        inputs = [draw(batch, queries, config.num_attention_heads, config.head_dim), draw(*keys), draw(*keys)]
+        attend = partial(sparse_gqa, indices=indices, scaling=config.head_dim**-0.5)
+    inputs = [x.to(dtype).requires_grad_(backward) for x in inputs]
+    if not backward:
+        return lambda: attend(*inputs)
+    with torch.enable_grad():
+        out, _ = attend(*inputs)
+    grad = draw(*out.shape).to(dtype)
+    return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+def _sizes(record: dict) -> tuple:
+    """The sizes of a record as `own_choice` takes them."""
+    return tuple(
+        getattr(torch, size.removeprefix("torch.")) if isinstance(size, str) else size for size in record["sizes"]
+    )
+
+
+def _blocks(record: dict, path: Path | None):
+    """The blocks of a record. Raises `ValueError` where it holds what its kernel does not allow."""
+    own = own_choice(record["kernel"], _sizes(record))
+    for field, value in record["blocks"].items():
+        if value != getattr(own, field, None) and value not in OPTIONS[record["kernel"]].get(field, ()):
+            raise ValueError(
+                f"{path}: {record['kernel']} cannot take {field} = {value!r}. Delete the file, or this record, and "
+                "tune again."
+            )
+    return replace(own, **record["blocks"])
+
+
+def _read(path: Path | None) -> list[dict]:
+    """The records of a file, [] when there is none. Raises `ValueError` when it is no tuning file."""
+    if path is None or not path.exists():
+        return []
+    try:
+        records = json.loads(path.read_text())
+        for record in records:
+            known = record["kernel"] in OPTIONS and isinstance(record["blocks"], dict) and _sizes(record)
+            if not known or not {"device", "triton"} <= set(record):
+                raise ValueError(f"unknown record {record!r}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no tuning file of this version ({error}). Delete it and tune again.") from error
+    return records
+
+
+def _write(path: Path | None, records: list[dict]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(records, indent=1) + "\n")
+        temporary.replace(path)

@@ -1,0 +1,169 @@
+"""Tuning without a device: all values that a kernel may take give one result; what a search and a file do."""
+
+import json
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+import triton
+
+from modeling_keye import autotune_keye, sparse_attention_keye, triton_common_keye, triton_mla_keye, triton_tuning_keye
+from modeling_keye.configuration_keye import KeyeTextConfig
+from modeling_keye.triton_tuning_keye import OPTIONS, last_asked, own_choice, trial
+from tests.kernels.aot import SHARED_LIMIT
+from tests.kernels.test_ops import COMMON, TINY
+
+KERNELS = {
+    "mla": ["selection_scores", "mla_forward", "mla_backward_scores", "mla_backward_rows"],
+    "gqa": ["selection_scores", "gqa_unions", "gqa_lists", "gqa_backward"],
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Few queries, and tiles that do not divide their lists."""
+    monkeypatch.setattr(autotune_keye, "_KEYS", 150)
+    monkeypatch.setattr(autotune_keye, "_QUERIES", 5)
+    monkeypatch.setattr(autotune_keye, "_BATCH", 2)
+    monkeypatch.setattr(autotune_keye, "_RUN", 3)
+    monkeypatch.setattr(triton_common_keye, "MULTIPROCESSORS_OFF_DEVICE", 2)
+    monkeypatch.setattr(triton_tuning_keye, "_measured", {})
+
+
+def configuration(kind: str) -> KeyeTextConfig:
+    return KeyeTextConfig(**COMMON, **TINY[kind], index_topk=60, local_window=4, anchor_stride=16)
+
+
+def workload(kind: str, kernel: str, device):
+    return dict(autotune_keye._workloads(configuration(kind), device, torch.float16, True))[kernel]()
+
+
+def test_every_kernel_with_options_is_tuned():
+    assert {kernel for kernels in KERNELS.values() for kernel in kernels} == set(OPTIONS)
+    for kind, kernels in KERNELS.items():
+        for training in (False, True):
+            work = autotune_keye._workloads(configuration(kind), "cpu", torch.float16, training)
+            assert [name for name, _ in work] == [name for name in kernels if training or "backward" not in name]
+    dense = TINY["mla"] | {"indexer_type": None, "local_window": None, "anchor_stride": None}
+    assert autotune_keye.autotune(KeyeTextConfig(**COMMON, **dense), "cpu") == []
+
+
+@pytest.mark.parametrize("arch", [90, 89])
+@pytest.mark.parametrize(("kind", "kernel"), [(kind, kernel) for kind in KERNELS for kernel in KERNELS[kind]])
+def test_every_value_gives_the_same_result(kind, kernel, arch, device, monkeypatch):
+    monkeypatch.setattr(triton_common_keye, "SHARED_MEMORY_OFF_DEVICE", SHARED_LIMIT[arch])
+    step = workload(kind, kernel, device)
+    expected = step()
+    sizes = last_asked(kernel)
+    own = own_choice(kernel, sizes)
+    launch = {"num_warps", "num_stages"}  # nothing to the interpreter
+    fields = [field for field in OPTIONS[kernel] if field not in launch]
+    for values in product(*(OPTIONS[kernel][field] for field in fields)):
+        blocks = replace(own, **dict(zip(fields, values)))
+        with trial(kernel, sizes, blocks):
+            assert autotune_keye._same(step(), expected), blocks
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Times of blocks by a rule in place of a clock: eight warps and 32 places are fastest. Returns what was timed."""
+    seen = []
+
+    def milliseconds(step, device):
+        (kernel, _), blocks = next(reversed(triton_tuning_keye._measured.items()))
+        seen.append((kernel, blocks))
+        if blocks.num_stages in (1, 4):
+            raise triton.runtime.errors.OutOfResources(300, 227, "shared memory")
+        return 10.0 - blocks.num_warps / 2 + (5.0 if getattr(blocks, "places", 32) != 32 else 0.0)
+
+    monkeypatch.setattr(autotune_keye, "_milliseconds", milliseconds)
+    return seen
+
+
+def test_the_fastest_blocks_are_kept_and_used(timed, device, tmp_path):
+    file = tmp_path / "folder" / "tuning.json"
+    records = autotune_keye.autotune(configuration("mla"), device, torch.float16, training=True, file=file)
+    assert [record["kernel"] for record in records] == KERNELS["mla"]
+    assert json.loads(file.read_text()) == records
+    for record in records:
+        assert record["blocks"]["num_warps"] == 8 and record["blocks"]["num_stages"] in (2, 3), record
+        assert record["blocks"].get("places", 32) == 32, record
+        assert record["ms"] <= record["own_ms"]
+    (record,) = [record for record in records if record["kernel"] == "mla_forward"]
+    sizes = autotune_keye._sizes(record)
+    assert triton_mla_keye.forward_tiles(*sizes) == replace(own_choice("mla_forward", sizes), **record["blocks"])
+
+    # Another process: nothing is timed again, and the same blocks are used.
+    timed.clear()
+    triton_tuning_keye._measured.clear()
+    assert autotune_keye.autotune(configuration("mla"), device, torch.float16, training=True, file=file) == records
+    assert timed == []
+    assert triton_mla_keye.forward_tiles(*sizes).num_warps == 8
+
+
+def test_an_interrupted_search_goes_on(timed, device, tmp_path, monkeypatch):
+    file = tmp_path / "tuning.json"
+    search = autotune_keye._search
+
+    def interrupted(kernel, *arguments):
+        if kernel == "mla_forward":
+            raise KeyboardInterrupt
+        return search(kernel, *arguments)
+
+    monkeypatch.setattr(autotune_keye, "_search", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        autotune_keye.autotune(configuration("mla"), device, torch.float16, file=file)
+    assert [record["kernel"] for record in json.loads(file.read_text())] == ["selection_scores"]
+    monkeypatch.setattr(autotune_keye, "_search", search)
+    timed.clear()
+    autotune_keye.autotune(configuration("mla"), device, torch.float16, file=file)
+    assert {kernel for kernel, _ in timed} == {"mla_forward"}
+
+
+def test_blocks_with_another_result_are_not_taken(timed, device, monkeypatch):
+    monkeypatch.setattr(autotune_keye, "_same", lambda found, expected: False)
+    for record in autotune_keye.autotune(configuration("gqa"), device, torch.float16, training=True):
+        assert record["blocks"] == record["own"], record
+
+
+def test_same_is_strict_about_selections_and_not_about_rounding():
+    chosen, out = torch.tensor([[1, 5, -1]]), torch.tensor([1.0, 2.0, 3.0])
+    assert autotune_keye._same((chosen, out), (chosen, out * 1.001))
+    assert not autotune_keye._same((chosen, out), (chosen, out * 1.1))
+    assert not autotune_keye._same((chosen + 1, out), (chosen, out))
+    assert not autotune_keye._same((out.log() * 0 / 0,), (out,))
+
+
+def test_other_devices_stand_in_the_file_untouched(timed, device, tmp_path):
+    file = tmp_path / "tuning.json"
+    autotune_keye.autotune(configuration("mla"), device, torch.float16, file=file)
+    others = [{**record, "device": "NVIDIA A100"} for record in json.loads(file.read_text())]
+    file.write_text(json.dumps(others))
+    timed.clear()
+    records = autotune_keye.autotune(configuration("mla"), device, torch.float16, file=file)
+    assert timed and json.loads(file.read_text()) == others + records
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks": {"places": 1024}}, "mla_forward cannot take places = 1024"),
+        ({"blocks": {"speed": 3}}, "mla_forward cannot take speed = 3"),
+        ({"kernel": "mla_sideways"}, "no tuning file of this version"),
+        ({"sizes": 5}, "no tuning file of this version"),
+    ],
+)
+def test_a_wrong_file_is_refused(timed, device, tmp_path, change, message):
+    file = tmp_path / "tuning.json"
+    records = autotune_keye.autotune(configuration("mla"), device, torch.float16, file=file)
+    file.write_text(json.dumps([records[0], records[1] | change]))
+    with pytest.raises(ValueError, match=message):
+        autotune_keye.autotune(configuration("mla"), device, torch.float16, file=file)
+    file.write_text("weights")
+    with pytest.raises(ValueError, match="no tuning file of this version"):
+        autotune_keye.autotune(configuration("mla"), device, torch.float16, file=file)
+
+
+def test_nothing_to_tune_where_pytorch_is_the_backend():
+    assert sparse_attention_keye.autotune(configuration("mla"), "cpu") == []
