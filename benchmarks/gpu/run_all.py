@@ -39,6 +39,7 @@ STAGES = [
     {"prefill": 100},
     {"flash_mla": 60},
     {"counters": 100},
+    {"tuning": 240},
 ]
 PARTS = [name for stage in STAGES for name in stage]
 DEADLINE = 570
@@ -169,7 +170,7 @@ def show(records: list[dict], parts: dict) -> None:
             rate = f"{entry['tflops']:8.1f} TFLOP/s" if "tflops" in entry else " " * 16
             floor = f"{entry['of_floor']:6.1%} of floor ({entry['bound']})" if "of_floor" in entry else ""
             print(f"{entry['ms']:10.3f} ms {rate} {entry['name']} {shape} {floor}")
-        elif entry["kind"] in ("memory", "ratio", "counters", "peer missing"):
+        elif entry["kind"] in ("memory", "ratio", "counters", "tuning", "peer missing"):
             print({key: value for key, value in entry.items() if key not in ("part",)})
     for row in judged(records):
         value = "" if row["value"] is None else f"{row['value']} {row['unit']}: "

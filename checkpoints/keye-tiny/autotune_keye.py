@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,14 +22,21 @@ from .sparse_reference_keye import forced_count
 from .triton_common_keye import triton
 from .triton_tuning_keye import OPTIONS, last_asked, own_choice, trial, use
 
-# A prompt of this many tokens, of which so many queries are worked on: milliseconds on the devices of today.
-_KEYS, _QUERIES = 32768, 1024
-# Sequences of a decoding step, and neighbouring queries that share their keys.
-_BATCH, _RUN = 16, 16
 # Other blocks must take less than this share of the time to be taken.
 _MARGIN = 0.97
 # Relative distance of results that differ in the order of their sums: some roundings of bfloat16.
 _TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed, milliseconds on the devices of today: `queries` in a prompt of `keys` tokens, runs of `run`
+    neighbours sharing their keys, and decoding steps of `batch` sequences."""
+
+    keys: int = 32768
+    queries: int = 1024
+    batch: int = 16
+    run: int = 16
 
 
 def autotune(
@@ -39,6 +46,7 @@ def autotune(
     *,
     training: bool = False,
     file: str | os.PathLike | None = None,
+    workload: Workload = Workload(),
 ) -> list[dict]:
     """See `sparse_attention_keye.autotune`."""
     config = getattr(config, "text_config", None) or config
@@ -50,7 +58,7 @@ def autotune(
     for (kernel, sizes), record in ours.items():
         use(kernel, sizes, _blocks(record, path))
     answer = []
-    with logging.tqdm(_workloads(config, device, dtype, training), desc="Tuning kernels", unit="kernel") as bar:
+    with logging.tqdm(_calls(config, device, dtype, training, workload), desc="Tuning kernels", unit="kernel") as bar:
         for kernel, build in bar:
             bar.set_postfix_str(kernel)
             step = build()
@@ -104,65 +112,65 @@ def _same(found: tuple, expected: tuple) -> bool:
 
 
 def _milliseconds(step: Callable, device: torch.device) -> float:
-    """Median of some runs behind one that compiles."""
+    """Median of some runs behind one that compiles; one run in the interpreter, whose times mean nothing."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        step()
+        return (time.perf_counter() - began) * 1e3
     step()
     times = []
     while len(times) < 5 or (len(times) < 20 and sum(times) < 50):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            step()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            began = time.perf_counter()
-            step()
-            times.append((time.perf_counter() - began) * 1e3)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
     return statistics.median(times)
 
 
-def _workloads(config, device, dtype, training: bool) -> list[tuple[str, Callable[[], Callable]]]:
+def _calls(config, device, dtype, training: bool, load: Workload) -> list[tuple[str, Callable[[], Callable]]]:
     """Each kernel with what builds a call of it, whose result is a tuple of tensors."""
     topk = config.index_topk if config.indexer_type else None
     rule = {"topk": topk, "local_window": config.local_window, "anchor_stride": config.anchor_stride}
     if all(value is None for value in rule.values()):
         return []  # dense layers only
-    forced = forced_count(_KEYS, config.local_window, config.anchor_stride)
-    places = min(_KEYS, -(-(forced + (topk or 0)) // 16) * 16)
-    work = [("selection_scores", partial(_selection, config, rule, places, device, dtype))] if topk else []
+    forced = forced_count(load.keys, config.local_window, config.anchor_stride)
+    places = min(load.keys, -(-(forced + (topk or 0)) // 16) * 16)
+    calls = [("selection_scores", partial(_selection, config, rule, places, load, device, dtype))] if topk else []
     if config.attention_type == "mla":
         forward, backward = ["mla_forward"], ["mla_backward_scores", "mla_backward_rows"]
     else:
         forward, backward = ["gqa_unions", "gqa_lists"], ["gqa_backward"]
     for kernel in forward + backward * training:
-        batch, queries = (_BATCH, 1) if kernel == "gqa_lists" else (1, _QUERIES)
-        work.append((kernel, partial(_attention, config, batch, queries, places, device, dtype, kernel in backward)))
-    return work
+        part = replace(load, queries=1) if kernel == "gqa_lists" else replace(load, batch=1)
+        calls.append((kernel, partial(_attention, config, places, part, device, dtype, kernel in backward)))
+    return calls
 
 
-def _selection(config, rule, places, device, dtype) -> Callable:
+def _selection(config, rule, places, load, device, dtype) -> Callable:
     heads, dim = config.index_n_heads, config.index_head_dim
     generator = torch.Generator(device).manual_seed(0)
     draw = partial(torch.randn, generator=generator, device=device)
-    q, k = draw(1, _QUERIES, heads, dim).to(dtype), draw(1, _KEYS, dim).to(dtype)
-    weights = draw(1, _QUERIES, heads)
-    place = {"batch_size": 1, "num_queries": _QUERIES, "query_offset": _KEYS - _QUERIES, "key_mask": None}
+    q, k = draw(1, load.queries, heads, dim).to(dtype), draw(1, load.keys, dim).to(dtype)
+    weights = draw(1, load.queries, heads)
+    place = {"batch_size": 1, "num_queries": load.queries, "query_offset": load.keys - load.queries, "key_mask": None}
     return lambda: (select_tokens(q, k, weights, **rule, **place, width=places, device=device),)
 
 
-def _attention(config, batch, queries, places, device, dtype, backward: bool) -> Callable:
+def _attention(config, places, load, device, dtype, backward: bool) -> Callable:
+    batch, queries, keys = load.batch, load.queries, load.keys
     generator = torch.Generator(device).manual_seed(0)
     draw = partial(torch.randn, generator=generator, device=device)
-    chosen = torch.rand(batch, -(-queries // _RUN), _KEYS, generator=generator, device=device).topk(places).indices
-    indices = chosen.sort().values.to(torch.int32).repeat_interleave(_RUN, dim=1)[:, :queries].contiguous()
+    chosen = torch.rand(batch, -(-queries // load.run), keys, generator=generator, device=device).topk(places).indices
+    indices = chosen.sort().values.to(torch.int32).repeat_interleave(load.run, dim=1)[:, :queries].contiguous()
     if config.attention_type == "mla":
         width = config.kv_lora_rank + config.qk_rope_head_dim
-        inputs = [draw(batch, queries, config.num_attention_heads, width), draw(batch, _KEYS, width)]
+        inputs = [draw(batch, queries, config.num_attention_heads, width), draw(batch, keys, width)]
         attend = partial(sparse_mla, indices=indices, scaling=width**-0.5, value_dim=config.kv_lora_rank)
     else:
-        keys = (batch, config.num_key_value_heads, _KEYS, config.head_dim)
-        inputs = [draw(batch, queries, config.num_attention_heads, config.head_dim), draw(*keys), draw(*keys)]
+        shape = (batch, config.num_key_value_heads, keys, config.head_dim)
+        inputs = [draw(batch, queries, config.num_attention_heads, config.head_dim), draw(*shape), draw(*shape)]
         attend = partial(sparse_gqa, indices=indices, scaling=config.head_dim**-0.5)
     inputs = [x.to(dtype).requires_grad_(backward) for x in inputs]
     if not backward:

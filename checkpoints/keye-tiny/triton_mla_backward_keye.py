@@ -64,7 +64,14 @@ class RowTiles:
     num_stages: int
 
 
-@tunable("mla_backward_scores", heads=(16, 32, 64), places=(32, 64), num_warps=(4, 8), num_stages=(1, 2, 3))
+@tunable(
+    "mla_backward_scores",
+    heads=(16, 32, 64),
+    swapped=(False, True),
+    places=(32, 64),
+    num_warps=(4, 8),
+    num_stages=(1, 2, 3),
+)
 def score_tiles(heads: int, latent: int, width: int, element_size: int, shared: int) -> ScoreTiles:
     """Blocks for padded sizes `latent` and `width` that fit `shared` bytes; no length enters."""
     hopper = shared >= HOPPER_SHARED and element_size == 2
@@ -84,7 +91,14 @@ def score_tiles(heads: int, latent: int, width: int, element_size: int, shared: 
     return ScoreTiles(block, places, hopper and block < 64 <= places, 4 if hopper else 8, 2)
 
 
-@tunable("mla_backward_rows", places=(32, 64), columns=(64, 128), num_warps=(4, 8), num_stages=(1, 2, 3))
+@tunable(
+    "mla_backward_rows",
+    swapped=(False, True),
+    places=(32, 64),
+    columns=(64, 128),
+    num_warps=(4, 8),
+    num_stages=(1, 2, 3),
+)
 def row_tiles(heads: int, width: int, element_size: int, shared: int) -> RowTiles:
     """Blocks for `heads` heads of `width` columns that fit `shared` bytes; no length enters."""
     block = max(16, triton.next_power_of_2(heads))

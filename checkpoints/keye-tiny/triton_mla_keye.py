@@ -55,7 +55,9 @@ class Tiles:
     num_stages: int
 
 
-@tunable("mla_forward", heads=(16, 32, 64), places=(32, 64), num_warps=(4, 8), num_stages=(1, 2, 3))
+@tunable(
+    "mla_forward", heads=(16, 32, 64), swapped=(False, True), places=(32, 64), num_warps=(4, 8), num_stages=(1, 2, 3)
+)
 def forward_tiles(heads: int, latent: int, width: int, element_size: int, shared: int) -> Tiles:
     """Blocks for `heads` heads, padded sizes `latent` and `width`, that fit `shared` bytes; no length enters.
 

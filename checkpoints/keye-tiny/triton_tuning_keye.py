@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # What a kernel may vary: kernel -> field of its blocks -> values that are right for all inputs, if not for all devices.
-OPTIONS: dict[str, dict[str, tuple[int, ...]]] = {}
+OPTIONS: dict[str, dict[str, tuple]] = {}
 _choosers: dict[str, Callable] = {}
 _measured: dict[tuple[str, tuple], object] = {}
 _asked: dict[str, tuple] = {}
 
 
-def tunable(kernel: str, **options: tuple[int, ...]) -> Callable:
+def tunable(kernel: str, **options: tuple) -> Callable:
     """Decorator of the function that chooses the blocks of `kernel`, a frozen dataclass, by sizes alone."""
 
     def decorate(choose: Callable) -> Callable:

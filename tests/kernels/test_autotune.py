@@ -2,13 +2,24 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 import triton
 
-from modeling_keye import autotune_keye, sparse_attention_keye, triton_common_keye, triton_mla_keye, triton_tuning_keye
+from modeling_keye import (
+    autotune_keye,
+    sparse_attention_keye,
+    triton_common_keye,
+    triton_gqa_backward_keye,
+    triton_gqa_keye,
+    triton_mla_backward_keye,
+    triton_mla_keye,
+    triton_selection_keye,
+    triton_tuning_keye,
+)
 from modeling_keye.configuration_keye import KeyeTextConfig
 from modeling_keye.triton_tuning_keye import OPTIONS, last_asked, own_choice, trial
 from tests.kernels.aot import SHARED_LIMIT
@@ -21,30 +32,34 @@ KERNELS = {
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Few queries, and tiles that do not divide their lists."""
-    monkeypatch.setattr(autotune_keye, "_KEYS", 150)
-    monkeypatch.setattr(autotune_keye, "_QUERIES", 5)
-    monkeypatch.setattr(autotune_keye, "_BATCH", 2)
-    monkeypatch.setattr(autotune_keye, "_RUN", 3)
+def fresh(monkeypatch):
     monkeypatch.setattr(triton_common_keye, "MULTIPROCESSORS_OFF_DEVICE", 2)
     monkeypatch.setattr(triton_tuning_keye, "_measured", {})
+
+
+# Few queries, and lists that tiles do not divide.
+SMALL = autotune_keye.Workload(keys=150, queries=5, batch=2, run=3)
 
 
 def configuration(kind: str) -> KeyeTextConfig:
     return KeyeTextConfig(**COMMON, **TINY[kind], index_topk=60, local_window=4, anchor_stride=16)
 
 
-def workload(kind: str, kernel: str, device):
-    return dict(autotune_keye._workloads(configuration(kind), device, torch.float16, True))[kernel]()
+def calls(kind: str, device, training: bool = True):
+    return autotune_keye._calls(configuration(kind), device, torch.float16, training, SMALL)
+
+
+def tune(kind: str, device, **options) -> list[dict]:
+    return autotune_keye.autotune(configuration(kind), device, torch.float16, workload=SMALL, **options)
 
 
 def test_every_kernel_with_options_is_tuned():
     assert {kernel for kernels in KERNELS.values() for kernel in kernels} == set(OPTIONS)
     for kind, kernels in KERNELS.items():
         for training in (False, True):
-            work = autotune_keye._workloads(configuration(kind), "cpu", torch.float16, training)
-            assert [name for name, _ in work] == [name for name in kernels if training or "backward" not in name]
+            assert [name for name, _ in calls(kind, "cpu", training)] == [
+                name for name in kernels if training or "backward" not in name
+            ]
     dense = TINY["mla"] | {"indexer_type": None, "local_window": None, "anchor_stride": None}
     assert autotune_keye.autotune(KeyeTextConfig(**COMMON, **dense), "cpu") == []
 
@@ -53,7 +68,7 @@ def test_every_kernel_with_options_is_tuned():
 @pytest.mark.parametrize(("kind", "kernel"), [(kind, kernel) for kind in KERNELS for kernel in KERNELS[kind]])
 def test_every_value_gives_the_same_result(kind, kernel, arch, device, monkeypatch):
     monkeypatch.setattr(triton_common_keye, "SHARED_MEMORY_OFF_DEVICE", SHARED_LIMIT[arch])
-    step = workload(kind, kernel, device)
+    step = dict(calls(kind, device))[kernel]()
     expected = step()
     sizes = last_asked(kernel)
     own = own_choice(kernel, sizes)
@@ -65,10 +80,36 @@ def test_every_value_gives_the_same_result(kind, kernel, arch, device, monkeypat
             assert autotune_keye._same(step(), expected), blocks
 
 
+SHARED = SHARED_LIMIT[90]
+CHOICES = {
+    "selection_scores": (triton_selection_keye.score_tiles, (16, 64, torch.bfloat16, SHARED)),
+    "mla_forward": (triton_mla_keye.forward_tiles, (128, 512, 576, 2, SHARED)),
+    "mla_backward_scores": (triton_mla_backward_keye.score_tiles, (128, 512, 576, 2, SHARED)),
+    "mla_backward_rows": (triton_mla_backward_keye.row_tiles, (128, 576, 2, SHARED)),
+    "gqa_unions": (triton_gqa_keye.union_tiles, (8, 128, 128, 2, SHARED)),
+    "gqa_lists": (triton_gqa_keye.list_tiles, (8, 128, 128, 2, SHARED)),
+    "gqa_backward": (triton_gqa_backward_keye.tiles_for, (8, 128, 128, 2, SHARED)),
+}
+
+
 @pytest.fixture
 def timed(monkeypatch):
-    """Times of blocks by a rule in place of a clock: eight warps and 32 places are fastest. Returns what was timed."""
+    """Times of blocks by a rule in place of a clock: eight warps and 32 places are fastest. Returns what was timed.
+
+    The calls choose their blocks at an H100's real sizes and do nothing with them.
+    """
     seen = []
+
+    def call(kernel):
+        choose, sizes = CHOICES[kernel]
+        choose(*sizes)
+        return (torch.ones(2),)
+
+    def calls(config, device, dtype, training, load):
+        names = [name for name in KERNELS[config.attention_type] if training or "backward" not in name]
+        return [(name, partial(partial, call, name)) for name in names]
+
+    monkeypatch.setattr(autotune_keye, "_calls", calls)
 
     def milliseconds(step, device):
         (kernel, _), blocks = next(reversed(triton_tuning_keye._measured.items()))
@@ -83,7 +124,7 @@ def timed(monkeypatch):
 
 def test_the_fastest_blocks_are_kept_and_used(timed, device, tmp_path):
     file = tmp_path / "folder" / "tuning.json"
-    records = autotune_keye.autotune(configuration("mla"), device, torch.float16, training=True, file=file)
+    records = tune("mla", device, training=True, file=file)
     assert [record["kernel"] for record in records] == KERNELS["mla"]
     assert json.loads(file.read_text()) == records
     for record in records:
@@ -97,7 +138,7 @@ def test_the_fastest_blocks_are_kept_and_used(timed, device, tmp_path):
     # Another process: nothing is timed again, and the same blocks are used.
     timed.clear()
     triton_tuning_keye._measured.clear()
-    assert autotune_keye.autotune(configuration("mla"), device, torch.float16, training=True, file=file) == records
+    assert tune("mla", device, training=True, file=file) == records
     assert timed == []
     assert triton_mla_keye.forward_tiles(*sizes).num_warps == 8
 
@@ -113,17 +154,17 @@ def test_an_interrupted_search_goes_on(timed, device, tmp_path, monkeypatch):
 
     monkeypatch.setattr(autotune_keye, "_search", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        autotune_keye.autotune(configuration("mla"), device, torch.float16, file=file)
+        tune("mla", device, file=file)
     assert [record["kernel"] for record in json.loads(file.read_text())] == ["selection_scores"]
     monkeypatch.setattr(autotune_keye, "_search", search)
     timed.clear()
-    autotune_keye.autotune(configuration("mla"), device, torch.float16, file=file)
+    tune("mla", device, file=file)
     assert {kernel for kernel, _ in timed} == {"mla_forward"}
 
 
 def test_blocks_with_another_result_are_not_taken(timed, device, monkeypatch):
     monkeypatch.setattr(autotune_keye, "_same", lambda found, expected: False)
-    for record in autotune_keye.autotune(configuration("gqa"), device, torch.float16, training=True):
+    for record in tune("gqa", device, training=True):
         assert record["blocks"] == record["own"], record
 
 
@@ -137,11 +178,11 @@ def test_same_is_strict_about_selections_and_not_about_rounding():
 
 def test_other_devices_stand_in_the_file_untouched(timed, device, tmp_path):
     file = tmp_path / "tuning.json"
-    autotune_keye.autotune(configuration("mla"), device, torch.float16, file=file)
+    tune("mla", device, file=file)
     others = [{**record, "device": "NVIDIA A100"} for record in json.loads(file.read_text())]
     file.write_text(json.dumps(others))
     timed.clear()
-    records = autotune_keye.autotune(configuration("mla"), device, torch.float16, file=file)
+    records = tune("mla", device, file=file)
     assert timed and json.loads(file.read_text()) == others + records
 
 
@@ -156,13 +197,13 @@ def test_other_devices_stand_in_the_file_untouched(timed, device, tmp_path):
 )
 def test_a_wrong_file_is_refused(timed, device, tmp_path, change, message):
     file = tmp_path / "tuning.json"
-    records = autotune_keye.autotune(configuration("mla"), device, torch.float16, file=file)
+    records = tune("mla", device, file=file)
     file.write_text(json.dumps([records[0], records[1] | change]))
     with pytest.raises(ValueError, match=message):
-        autotune_keye.autotune(configuration("mla"), device, torch.float16, file=file)
+        tune("mla", device, file=file)
     file.write_text("weights")
     with pytest.raises(ValueError, match="no tuning file of this version"):
-        autotune_keye.autotune(configuration("mla"), device, torch.float16, file=file)
+        tune("mla", device, file=file)
 
 
 def test_nothing_to_tune_where_pytorch_is_the_backend():

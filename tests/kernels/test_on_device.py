@@ -218,3 +218,14 @@ def test_operators_are_correct_on_the_device(kind):
     arguments = (*latent, indices, SCALE, 512) if kind == "mla" else (*grouped, indices, SCALE)
     operator = ops_keye._sparse_mla if kind == "mla" else ops_keye._sparse_gqa
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+def test_measured_blocks_are_used_and_kept(kind, tmp_path):
+    grouped = {"attention_type": "gqa", "indexer_type": "keye_vl_2", "num_key_value_heads": 1, "head_dim": 64}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    config = KeyeTextConfig(**TINY | {"kv_lora_rank": 64} | rope | (grouped if kind == "gqa" else {}))
+    arguments = {"training": True, "file": tmp_path / "blocks.json"}
+    records = sparse_attention_keye.autotune(config, "cuda", torch.float16, **arguments)
+    assert records and all(record["ms"] <= record["own_ms"] for record in records)
+    assert sparse_attention_keye.autotune(config, "cuda", torch.float16, **arguments) == records
