@@ -18,9 +18,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "modeling_keye"
 NAME = "keye-sparse-attention"
 # What is public, by the file that holds it; the files these import follow.
 PUBLIC = {
-    "ops_keye": ["select_tokens", "sparse_gqa", "sparse_mla"],
-    "triton_kl_dense_keye": ["dense_kl"],
-    "triton_kl_sparse_keye": ["sparse_kl"],
+    "ops_keye": ["dense_kl", "select_tokens", "sparse_gqa", "sparse_kl", "sparse_mla"],
     "warm_up_keye": ["warm_up"],
 }
 # Layout: huggingface.co/docs/kernels, kernel requirements. Pure Triton runs with any CUDA build of PyTorch.

@@ -13,6 +13,9 @@ import torch
 
 from .triton_gqa_backward_keye import backward as _gqa_backward
 from .triton_gqa_keye import sparse_gqa as _triton_sparse_gqa
+from .triton_kl_dense_keye import dense_kl as _triton_dense_kl
+from .triton_kl_keye import statistics_dtype
+from .triton_kl_sparse_keye import sparse_kl as _triton_sparse_kl
 from .triton_mla_backward_keye import backward as _mla_backward
 from .triton_mla_keye import sparse_mla as _triton_sparse_mla
 from .triton_selection_keye import select_tokens as _triton_select_tokens
@@ -22,8 +25,8 @@ NAMESPACE = "keye_" + blake2b(__name__.encode(), digest_size=6).hexdigest()
 _ROW_MULTIPLE = 16
 
 
-def _operator(name: str, schema: str):
-    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=(), schema=schema)
+def _operator(name: str, schema: str, mutates_args: tuple[str, ...] = ()):
+    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=mutates_args, schema=schema)
 
 
 @_operator(
@@ -185,3 +188,77 @@ def sparse_gqa(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `sparse_attention_keye.sparse_gqa` and `triton_gqa_keye.sparse_gqa`."""
     return _sparse_gqa(q, k, v, indices, scaling)
+
+
+# The losses write their gradients into tensors of the caller, which collects them over several calls.
+_GRADIENTS = ("grad_q", "grad_k", "grad_gates")
+_GRADIENTS_SCHEMA = "Tensor(a!)? grad_q, Tensor(b!)? grad_k, Tensor(c!)? grad_gates"
+
+
+@_operator(
+    "dense_kl",
+    "(Tensor q, Tensor k, Tensor gates, Tensor weights, Tensor queries, Tensor keys, float scaling, SymInt first_slot, "
+    f"Tensor? key_mask, Tensor? lse, {_GRADIENTS_SCHEMA}) -> Tensor",
+    mutates_args=_GRADIENTS,
+)
+def _dense_kl(q, k, gates, weights, queries, keys, scaling, first_slot, key_mask, lse, *grads):
+    grads = None if grads[0] is None else grads
+    options = {"first_slot": first_slot, "key_mask": key_mask, "lse": lse, "grads": grads}
+    return _triton_dense_kl(q, k, gates, weights, queries, keys, scaling, **options)
+
+
+@_dense_kl.register_fake
+def _(q, k, gates, weights, queries, keys, *rest):
+    return q.new_empty((), dtype=statistics_dtype(queries, keys, q, k))
+
+
+@_operator(
+    "sparse_kl",
+    "(Tensor q, Tensor k, Tensor gates, Tensor weights, Tensor queries, Tensor keys, Tensor lse, Tensor selected, "
+    f"float scaling, {_GRADIENTS_SCHEMA}) -> Tensor",
+    mutates_args=_GRADIENTS,
+)
+def _sparse_kl(q, k, gates, weights, queries, keys, lse, selected, scaling, *grads):
+    grads = None if grads[0] is None else grads
+    return _triton_sparse_kl(q, k, gates, weights, queries, keys, lse, selected, scaling, grads=grads)
+
+
+@_sparse_kl.register_fake
+def _(q, k, gates, weights, queries, keys, *rest):
+    return q.new_empty((), dtype=statistics_dtype(queries, keys, q, k))
+
+
+def dense_kl(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    gates: torch.Tensor,
+    weights: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scaling: float,
+    *,
+    first_slot: int = 0,
+    key_mask: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """See `triton_kl_dense_keye.dense_kl`."""
+    grads = grads or (None, None, None)
+    return _dense_kl(q, k, gates, weights, queries, keys, scaling, first_slot, key_mask, lse, *grads)
+
+
+def sparse_kl(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    gates: torch.Tensor,
+    weights: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    lse: torch.Tensor,
+    selected: torch.Tensor,
+    scaling: float,
+    *,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """See `triton_kl_sparse_keye.sparse_kl`."""
+    return _sparse_kl(q, k, gates, weights, queries, keys, lse, selected, scaling, *(grads or (None, None, None)))

@@ -17,11 +17,10 @@ the indexer.
 
 import torch
 
+from .ops_keye import dense_kl, sparse_kl
 from .sparse_attention_keye import resolve_backend
 from .triton_common_keye import triton_usable
-from .triton_kl_dense_keye import dense_kl
 from .triton_kl_dense_keye import unsupported as _unsupported_dense
-from .triton_kl_sparse_keye import sparse_kl
 from .triton_kl_sparse_keye import unsupported as _unsupported_sparse
 
 # Elements of the largest tile, heads x queries x keys. On two AVX-512 cores 2^19 to 2^22 take the same time; a GPU
@@ -69,24 +68,17 @@ class IndexerLoss:
                 torch.zeros_like(self.gates, dtype=self.dtype),
             )
 
-    @torch.no_grad()
     def add_dense(self, begin: int, queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> None:
         """Queries that attend to all they see: queries [B, n, H, D] from number `begin` on, keys [B, G, T, D]."""
-        if self._chosen(_unsupported_dense, queries, keys) == "triton":
+        with torch.no_grad():
+            if self._chosen(_unsupported_dense, queries, keys) == "torch":
+                self._add_dense_blocks(begin, queries, keys, scaling)
+                return
             q, gates, weights, grads = self._part(begin, queries.shape[1])
-            self.value += dense_kl(
-                q,
-                self.k,
-                gates,
-                weights,
-                queries,
-                keys,
-                scaling,
-                first_slot=self.query_offset + begin,
-                key_mask=self.key_mask,
-                grads=grads,
-            )
-            return
+            place = {"first_slot": self.query_offset + begin, "key_mask": self.key_mask}
+            self.value += dense_kl(q, self.k, gates, weights, queries, keys, scaling, **place, grads=grads)
+
+    def _add_dense_blocks(self, begin: int, queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> None:
         first = self.query_offset + begin
         with torch.autocast(queries.device.type, enabled=False):
             for b in range(queries.shape[0]):
@@ -112,7 +104,6 @@ class IndexerLoss:
                         self.grads[1][b, tile] += torch.mm(grad_products.T, q.flatten(0, 1))
                     self.grads[0][b, place], self.grads[2][b, place] = grad_q.to(self.grads[0].dtype), grad_gates
 
-    @torch.no_grad()
     def add_sparse(
         self,
         begin: int,
@@ -124,10 +115,14 @@ class IndexerLoss:
     ) -> None:
         """Queries that attend to `selected` [B, n, K] (-1 where unused), with the log-sum-exp [B, n, H] of that
         attention; queries [B, n, H, D] from number `begin` on, keys [B, G, T, D]."""
-        if self._chosen(_unsupported_sparse, queries, keys) == "triton":
+        with torch.no_grad():
+            if self._chosen(_unsupported_sparse, queries, keys) == "torch":
+                self._add_sparse_blocks(begin, queries, keys, lse, selected, scaling)
+                return
             q, gates, weights, grads = self._part(begin, queries.shape[1])
             self.value += sparse_kl(q, self.k, gates, weights, queries, keys, lse, selected, scaling, grads=grads)
-            return
+
+    def _add_sparse_blocks(self, begin: int, queries, keys, lse, selected, scaling: float) -> None:
         batch, num_queries, heads, width = queries.shape
         groups, num_selected = keys.shape[1], selected.shape[-1]
         largest = num_selected * max(width, self.k.shape[-1], heads // groups, self.q.shape[2])

@@ -13,6 +13,7 @@ import torch
 
 from modeling_keye import ops_keye, sparse_attention_keye, sparse_reference_keye, triton_common_keye, warm_up_keye
 from modeling_keye.configuration_keye import KeyeTextConfig
+from modeling_keye.indexer_objective_keye import IndexerLoss
 from modeling_keye.sparse_attention_keye import Selection, gqa_backend, mla_backend, resolve_backend, selection_backend
 from tests.kernels import aot
 
@@ -91,6 +92,54 @@ def test_selection_is_a_correct_operator(topk, window, stride, padded, device):
     arguments = (q, k, weights, mask, topk, window, stride, 1, 2, 18, rule.width(20))
     torch.library.opcheck(ops_keye._select_tokens, arguments)
     torch.library.opcheck(ops_keye._select_tokens, (*arguments, torch.tensor(11, device=device)))
+
+
+def loss_inputs(num_queries, num_keys, device):
+    """Indexer queries, keys, gates; weights; queries and keys of a grouped attention; its lists and log-sum-exps."""
+    q, k, gates = index_inputs(num_queries, num_keys, device)
+    (queries, keys, values), indices = attention_inputs("gqa", num_queries, num_keys, device, torch.float32)
+    queries, keys, values = (x.detach() for x in (queries, keys, values))
+    _, lse = sparse_reference_keye.sparse_gqa(queries, keys, values, indices, SCALE)
+    weights = torch.ones(1, num_queries, device=device)
+    return (q, k, gates, weights, queries, keys), indices, lse
+
+
+def zeros_like(*tensors):
+    return [torch.zeros_like(x) for x in tensors]
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_losses_are_correct_operators(with_gradients, device):
+    """Their gradients are written in place, into tensors that the schema names."""
+    inputs, indices, lse = loss_inputs(2, 9, device)
+    grads = zeros_like(*inputs[:3]) if with_gradients else [None] * 3
+    torch.library.opcheck(ops_keye._dense_kl, (*inputs, SCALE, 7, None, None, *grads))
+    torch.library.opcheck(ops_keye._sparse_kl, (*inputs, lse, indices, SCALE, *grads))
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_the_loss_of_the_indexer_is_one_graph(kind, device, graphs):
+    def step(inputs, indices, lse):
+        q, k, gates, _, queries, keys = inputs
+        loss = IndexerLoss(q, k, gates, query_offset=keys.shape[2] - queries.shape[1], backend="triton")
+        half = queries.shape[1] // 2
+        for begin, part in ((0, slice(0, half)), (half, slice(half, None))):
+            if kind == "dense":
+                loss.add_dense(begin, queries[:, part], keys, SCALE)
+            else:
+                loss.add_sparse(begin, queries[:, part], keys, lse[:, part], indices[:, part], SCALE)
+        return loss.result()
+
+    found_graphs, backend = graphs
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    inputs, indices, lse = loss_inputs(6, 20, device)
+    learned = [x.requires_grad_() for x in inputs[:3]]
+    found, expected = (run(inputs, indices, lse) for run in (compiled, step))
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(torch.autograd.grad(found, learned), torch.autograd.grad(expected, learned)):
+        assert bool(theirs.any())
+        torch.testing.assert_close(ours, theirs)
+    assert len(found_graphs) == 1
 
 
 def test_rows_of_a_selection_keep_one_alignment(device):
