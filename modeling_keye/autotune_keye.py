@@ -222,6 +222,7 @@ def _read(path: Path | None) -> list[dict]:
 def _write(path: Path | None, records: list[dict]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
+        # Each of several processes that start together has a file of its own; the last one stays.
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(records, indent=1) + "\n")
         temporary.replace(path)
