@@ -367,8 +367,11 @@ def dense_attention(
     heads, num_queries, dim = q.shape[1:]
     value_dim = v.shape[-1]
     at_slot = isinstance(query_offset, torch.Tensor)
-    masked = at_slot or (key_mask is not None and not bool(key_mask.all()))
     num_keys = k.shape[2] if at_slot else query_offset + num_queries
+    masked = at_slot or (key_mask is not None and not bool(key_mask.all()))
+    plain = num_queries in (1, num_keys)  # the kernels' own idea of causal, or none, is right
+    if not plain and torch.compiler.is_compiling():
+        masked = True  # the compiler knows no bias
     # The flash path needs equal widths.
     width = max(dim, value_dim)
     q, k, v = (torch.nn.functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
@@ -377,8 +380,8 @@ def dense_attention(
         # With a mask, and for what the flash kernel does not take, grouped heads have no fused kernel there.
         k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
     attend = partial(torch.nn.functional.scaled_dot_product_attention, scale=scaling, enable_gqa=heads != k.shape[1])
-    if not masked and (num_queries in (1, num_keys) or _has_fused_kernel(q, k, v)):
-        bias = None if num_queries in (1, num_keys) else causal_lower_right(num_queries, num_keys)
+    if not masked and (plain or _has_fused_kernel(q, k, v)):
+        bias = None if plain else causal_lower_right(num_queries, num_keys)
         out = attend(q, k, v, attn_mask=bias, is_causal=1 < num_queries == num_keys)
         return out[..., :value_dim].transpose(1, 2)
 

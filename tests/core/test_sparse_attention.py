@@ -351,6 +351,19 @@ def test_dense_with_a_bias_in_place_of_masks(kind, num_queries, num_keys, monkey
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 40), (7, 7), (7, 40)])
+def test_dense_is_one_graph(num_queries, num_keys, monkeypatch):
+    """Where there would be a bias, which the compiler does not know, there are masks."""
+    monkeypatch.setattr(sparse_reference_keye, "_has_fused_kernel", lambda *tensors: True)
+    inputs = make("gqa2", num_queries, num_keys)
+    torch.compiler.reset()
+    compiled = torch.compile(run_dense, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        found = compiled("gqa2", inputs, num_keys, None)
+    torch.compiler.reset()
+    torch.testing.assert_close(found, run_dense("gqa2", inputs, num_keys, None), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["none", "left", "holes", "empty"])
 @pytest.mark.parametrize("num_queries", [1, 3])
