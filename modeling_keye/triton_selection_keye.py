@@ -63,8 +63,8 @@ class ScoreTiles:
     num_stages: int
 
 
-# Other tiles of keys would take another matrix instruction, which adds in another order.
-@tunable("selection_scores", num_warps=(4, 8), num_stages=(2, 3, 4))
+# Other tiles of keys, or more warps, would add in another order and could select otherwise.
+@tunable("selection_scores", num_stages=(2, 3, 4))
 def score_tiles(heads: int, dim: int, dtype: torch.dtype, shared: int) -> ScoreTiles:
     """Blocks for an indexer of `heads` x `dim` in `shared` bytes of shared memory; no sequence length enters.
 

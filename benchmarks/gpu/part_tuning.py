@@ -22,7 +22,7 @@ def configurations(dry_run: bool) -> dict[str, KeyeTextConfig]:
 
 
 def run(bench: Bench) -> None:
-    load = Workload(keys=40, queries=2, batch=1, run=2) if bench.dry_run else Workload()
+    load = Workload(keys=40, queries=2, run=2) if bench.dry_run else Workload()
     for config in configurations(bench.dry_run).values():
         for found in autotune(config, bench.device, bench.dtype, training=True, workload=load):
             values = {name: found[name] for name in ("sizes", "blocks", "ms", "own", "own_ms")}

@@ -19,8 +19,8 @@ from transformers.utils import logging
 
 from .ops_keye import select_tokens, sparse_gqa, sparse_mla
 from .sparse_reference_keye import forced_count
-from .triton_common_keye import triton
-from .triton_tuning_keye import OPTIONS, last_asked, own_choice, trial, use
+from .triton_common_keye import on_device, triton
+from .triton_tuning_keye import OPTIONS, asked_by, own_choice, trial, use
 
 # Other blocks must take less than this share of the time to be taken.
 _MARGIN = 0.97
@@ -30,12 +30,10 @@ _TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed, milliseconds on the devices of today: `queries` in a prompt of `keys` tokens, runs of `run`
-    neighbours sharing their keys, and decoding steps of `batch` sequences."""
+    """What is timed: `queries` in a prompt of `keys` tokens, runs of `run` neighbours sharing their keys."""
 
     keys: int = 32768
     queries: int = 1024
-    batch: int = 16
     run: int = 16
 
 
@@ -56,19 +54,22 @@ def autotune(
     records = _read(path)
     ours = {(r["kernel"], _sizes(r)): r for r in records if place.items() <= r.items()}
     for (kernel, sizes), record in ours.items():
-        use(kernel, sizes, _blocks(record, path))
+        use(kernel, sizes, _blocks(record))
     answer = []
-    with logging.tqdm(_calls(config, device, dtype, training, workload), desc="Tuning kernels", unit="kernel") as bar:
+    calls = _calls(config, device, dtype, training, workload)
+    bar = logging.tqdm(calls, desc="Tuning kernels", unit="kernel")
+    with bar, on_device(device), torch.inference_mode(False):
         for kernel, build in bar:
             bar.set_postfix_str(kernel)
             step = build()
-            expected = step()
-            sizes = last_asked(kernel)
+            expected, sizes = asked_by(kernel, step)
+            if sizes is None:
+                continue  # nothing is scored where the rule keeps all tokens
             if (kernel, sizes) not in ours:
                 written = [str(size) if isinstance(size, torch.dtype) else size for size in sizes]
                 found = _search(kernel, sizes, step, expected, device)
                 ours[kernel, sizes] = {**place, "kernel": kernel, "sizes": written, **found}
-                use(kernel, sizes, _blocks(ours[kernel, sizes], path))
+                use(kernel, sizes, _blocks(ours[kernel, sizes]))
                 records.append(ours[kernel, sizes])
                 _write(path, records)  # after each kernel: an interrupted call goes on from here
             answer.append(ours[kernel, sizes])
@@ -112,20 +113,22 @@ def _same(found: tuple, expected: tuple) -> bool:
 
 
 def _milliseconds(step: Callable, device: torch.device) -> float:
-    """Median of some runs behind one that compiles; one run in the interpreter, whose times mean nothing."""
+    """Median of some runs behind one that compiles, each of several calls, so that the device need not wait for the
+    host; one call in the interpreter, whose times mean nothing."""
     if device.type != "cuda":
         began = time.perf_counter()
         step()
         return (time.perf_counter() - began) * 1e3
     step()
     times = []
-    while len(times) < 5 or (len(times) < 20 and sum(times) < 50):
+    for _ in range(5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        step()
+        for _ in range(4):
+            step()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(start.elapsed_time(end) / 4)
     return statistics.median(times)
 
 
@@ -141,10 +144,9 @@ def _calls(config, device, dtype, training: bool, load: Workload) -> list[tuple[
     if config.attention_type == "mla":
         forward, backward = ["mla_forward"], ["mla_backward_scores", "mla_backward_rows"]
     else:
-        forward, backward = ["gqa_unions", "gqa_lists"], ["gqa_backward"]
+        forward, backward = ["gqa_unions"], ["gqa_backward"]
     for kernel in forward + backward * training:
-        part = replace(load, queries=1) if kernel == "gqa_lists" else replace(load, batch=1)
-        calls.append((kernel, partial(_attention, config, places, part, device, dtype, kernel in backward)))
+        calls.append((kernel, partial(_attention, config, places, load, device, dtype, kernel in backward)))
     return calls
 
 
@@ -159,18 +161,18 @@ def _selection(config, rule, places, load, device, dtype) -> Callable:
 
 
 def _attention(config, places, load, device, dtype, backward: bool) -> Callable:
-    batch, queries, keys = load.batch, load.queries, load.keys
+    queries, keys = load.queries, load.keys
     generator = torch.Generator(device).manual_seed(0)
     draw = partial(torch.randn, generator=generator, device=device)
-    chosen = torch.rand(batch, -(-queries // load.run), keys, generator=generator, device=device).topk(places).indices
+    chosen = torch.rand(1, -(-queries // load.run), keys, generator=generator, device=device).topk(places).indices
     indices = chosen.sort().values.to(torch.int32).repeat_interleave(load.run, dim=1)[:, :queries].contiguous()
     if config.attention_type == "mla":
         width = config.kv_lora_rank + config.qk_rope_head_dim
-        inputs = [draw(batch, queries, config.num_attention_heads, width), draw(batch, keys, width)]
+        inputs = [draw(1, queries, config.num_attention_heads, width), draw(1, keys, width)]
         attend = partial(sparse_mla, indices=indices, scaling=width**-0.5, value_dim=config.kv_lora_rank)
     else:
-        shape = (batch, config.num_key_value_heads, keys, config.head_dim)
-        inputs = [draw(batch, queries, config.num_attention_heads, config.head_dim), draw(*shape), draw(*shape)]
+        shape = (1, config.num_key_value_heads, keys, config.head_dim)
+        inputs = [draw(1, queries, config.num_attention_heads, config.head_dim), draw(*shape), draw(*shape)]
         attend = partial(sparse_gqa, indices=indices, scaling=config.head_dim**-0.5)
     inputs = [x.to(dtype).requires_grad_(backward) for x in inputs]
     if not backward:
@@ -192,15 +194,14 @@ def _sizes(record: dict) -> tuple:
     )
 
 
-def _blocks(record: dict, path: Path | None):
+def _blocks(record: dict):
     """The blocks of a record. Raises `ValueError` where it holds what its kernel does not allow."""
     own = own_choice(record["kernel"], _sizes(record))
     for field, value in record["blocks"].items():
-        if value != getattr(own, field, None) and value not in OPTIONS[record["kernel"]].get(field, ()):
-            raise ValueError(
-                f"{path}: {record['kernel']} cannot take {field} = {value!r}. Delete the file, or this record, and "
-                "tune again."
-            )
+        chosen = getattr(own, field, None)
+        allowed = (chosen, *OPTIONS[record["kernel"]].get(field, ()))
+        if type(value) is not type(chosen) or value not in allowed:
+            raise ValueError(f"{record['kernel']} cannot take {field} = {value!r}")
     return replace(own, **record["blocks"])
 
 
@@ -210,10 +211,12 @@ def _read(path: Path | None) -> list[dict]:
         return []
     try:
         records = json.loads(path.read_text())
+        if not isinstance(records, list):
+            raise ValueError("it holds no list")
         for record in records:
-            known = record["kernel"] in OPTIONS and isinstance(record["blocks"], dict) and _sizes(record)
-            if not known or not {"device", "triton"} <= set(record):
+            if record["kernel"] not in OPTIONS or not {"device", "triton"} <= set(record):
                 raise ValueError(f"unknown record {record!r}")
+            _blocks(record)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no tuning file of this version ({error}). Delete it and tune again.") from error
     return records

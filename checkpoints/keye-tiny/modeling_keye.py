@@ -868,7 +868,7 @@ class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
             cu_seq_lens_q=cu_seq_lens_q,
             return_dict=True,
             indexer_loss_scale=scale,
-            hidden_states_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
+            hidden_states_to_keep=max(logits_to_keep, 0) if isinstance(logits_to_keep, int) else 0,
             **kwargs,
         )
         partial = not isinstance(logits_to_keep, int) or logits_to_keep > 0

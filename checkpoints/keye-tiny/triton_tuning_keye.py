@@ -39,9 +39,10 @@ def own_choice(kernel: str, sizes: tuple):
     return _choosers[kernel](*sizes)
 
 
-def last_asked(kernel: str) -> tuple:
-    """The sizes for which blocks of `kernel` were chosen last."""
-    return _asked[kernel]
+def asked_by(kernel: str, step: Callable) -> tuple[object, tuple | None]:
+    """The result of a call, and the sizes for which it let blocks of `kernel` be chosen, None when it did not."""
+    _asked.pop(kernel, None)
+    return step(), _asked.get(kernel)
 
 
 def use(kernel: str, sizes: tuple, blocks) -> None:

@@ -108,7 +108,7 @@ def test_every_prefill_chunk_is_one_shot(kind, media, chunk):
     inputs = batch_of(prompts)
     one_shot = logits_of(model, **inputs)
     assert_close(logits_of(model, **inputs, prefill_chunk_size=chunk), one_shot)
-    for kept in (1, 25, 10**6):
+    for kept in (1, 25, 10**6, -5):
         found = logits_of(model, **inputs, prefill_chunk_size=chunk, logits_to_keep=kept)
         assert_close(found, one_shot[:, -kept:])
     answer = generate(model, **inputs)
@@ -416,7 +416,18 @@ def test_features_in_place_of_pixels(kind):
     expected = logits_of(model, **inputs)
     with torch.no_grad():
         features = model.get_video_features(inputs.pop("pixel_values_videos"), inputs["video_grid_thw"])
-    assert_close(logits_of(model, **inputs, mm_encoder_outputs={"video": features}), expected)
+    encoded = {"mm_encoder_outputs": {"video": features}}
+    assert_close(logits_of(model, **inputs, **encoded), expected)
+    # Embeddings of the caller stay his; those of the placeholders say where the features go.
+    ids = inputs.pop("input_ids")
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(ids)
+    before = embeddings.clone()
+    positions, _ = model.model.get_rope_index(ids, video_grid_thw=inputs.pop("video_grid_thw"))
+    three_axes = model.config.text_config.mrope_section is not None
+    inputs = {"attention_mask": inputs["attention_mask"], "position_ids": positions if three_axes else None}
+    assert_close(logits_of(model, **inputs, inputs_embeds=embeddings, **encoded), expected)
+    assert torch.equal(embeddings, before)
 
 
 def test_vision_module_is_the_one_under_test():
