@@ -47,11 +47,18 @@ def warm_up(
     return seconds
 
 
-def _steps(config, device, dtype, training) -> list[tuple[str, Callable[[], None]]]:
+def selection_rule(config) -> dict[str, int | None] | None:
+    """What a sparse layer of a text configuration keeps; None when it has dense layers only."""
     topk = config.index_topk if config.indexer_type else None
     rule = {"topk": topk, "local_window": config.local_window, "anchor_stride": config.anchor_stride}
-    if all(value is None for value in rule.values()):
-        return []  # dense layers only
+    return None if all(value is None for value in rule.values()) else rule
+
+
+def _steps(config, device, dtype, training) -> list[tuple[str, Callable[[], None]]]:
+    rule = selection_rule(config)
+    if rule is None:
+        return []
+    topk = rule["topk"]
     steps = []
     lengths = {"whole": 4}  # fewer tokens than any rule keeps
     if topk is not None:

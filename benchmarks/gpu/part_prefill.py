@@ -25,6 +25,7 @@ TINY = {
     "index_topk": 16,
     "prefill_chunk_tokens": 32,
 }
+GROUPED = {"attention_type": "gqa", "indexer_type": "keye_vl_2", "num_key_value_heads": 1, "head_dim": 16}
 
 
 def configuration(dry_run: bool) -> KeyeTextConfig:

@@ -1,13 +1,12 @@
 """What `autotune` finds for the kernels of two published shapes, beside the blocks that they choose by themselves."""
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.part_prefill import TINY
+from benchmarks.gpu.part_prefill import GROUPED, TINY
 from modeling_keye.autotune_keye import Workload, autotune
 from modeling_keye.configuration_keye import KeyeTextConfig
 from modeling_keye.presets_keye import PRESETS
 
 SMALL = {"index_topk": 16, "local_window": 2, "anchor_stride": 16}
-GROUPED = {"attention_type": "gqa", "indexer_type": "keye_vl_2", "num_key_value_heads": 1, "head_dim": 16}
 
 
 def configurations(dry_run: bool) -> dict[str, KeyeTextConfig]:

@@ -21,6 +21,7 @@ from .ops_keye import select_tokens, sparse_gqa, sparse_mla
 from .sparse_reference_keye import forced_count
 from .triton_common_keye import on_device, triton
 from .triton_tuning_keye import OPTIONS, asked_by, own_choice, trial, use
+from .warm_up_keye import selection_rule
 
 # Other blocks must take less than this share of the time to be taken.
 _MARGIN = 0.97
@@ -134,10 +135,10 @@ def _milliseconds(step: Callable, device: torch.device) -> float:
 
 def _calls(config, device, dtype, training: bool, load: Workload) -> list[tuple[str, Callable[[], Callable]]]:
     """Each kernel with what builds a call of it, whose result is a tuple of tensors."""
-    topk = config.index_topk if config.indexer_type else None
-    rule = {"topk": topk, "local_window": config.local_window, "anchor_stride": config.anchor_stride}
-    if all(value is None for value in rule.values()):
-        return []  # dense layers only
+    rule = selection_rule(config)
+    if rule is None:
+        return []
+    topk = rule["topk"]
     forced = forced_count(load.keys, config.local_window, config.anchor_stride)
     places = min(load.keys, -(-(forced + (topk or 0)) // 16) * 16)
     calls = [("selection_scores", partial(_selection, config, rule, places, load, device, dtype))] if topk else []

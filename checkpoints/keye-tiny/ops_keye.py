@@ -207,11 +207,6 @@ def _dense_kl(q, k, gates, weights, queries, keys, scaling, first_slot, key_mask
     return _triton_dense_kl(q, k, gates, weights, queries, keys, scaling, **options)
 
 
-@_dense_kl.register_fake
-def _(q, k, gates, weights, queries, keys, *rest):
-    return q.new_empty((), dtype=statistics_dtype(queries, keys, q, k))
-
-
 @_operator(
     "sparse_kl",
     "(Tensor q, Tensor k, Tensor gates, Tensor weights, Tensor queries, Tensor keys, Tensor lse, Tensor selected, "
@@ -223,6 +218,7 @@ def _sparse_kl(q, k, gates, weights, queries, keys, lse, selected, scaling, *gra
     return _triton_sparse_kl(q, k, gates, weights, queries, keys, lse, selected, scaling, grads=grads)
 
 
+@_dense_kl.register_fake
 @_sparse_kl.register_fake
 def _(q, k, gates, weights, queries, keys, *rest):
     return q.new_empty((), dtype=statistics_dtype(queries, keys, q, k))

@@ -158,16 +158,13 @@ def test_readme_says_what_the_results_say():
     assert readme_table.main(["--check"]) == 0
 
 
-GROUPED = {"attention_type": "gqa", "indexer_type": "keye_vl_2", "num_key_value_heads": 1, "head_dim": 16}
-
-
 @pytest.mark.parametrize("kind", ["mla", "gqa"])
 def test_formula_of_the_prefill_memory(kind):
     """docs/kernels.md: within 10 % of what a model allocates whose prompt is far longer than its chunks."""
     changes = {"hidden_size": 4096, "prefill_chunk_tokens": 128, "local_window": 4, "anchor_stride": 512}
     changes |= {"num_hidden_layers": 2, "mlp_layer_types": ["dense"] * 2}
     changes |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-    config = KeyeTextConfig(**part_prefill.TINY | changes | (GROUPED if kind == "gqa" else {}))
+    config = KeyeTextConfig(**part_prefill.TINY | changes | (part_prefill.GROUPED if kind == "gqa" else {}))
     model = KeyeTextModel(config).eval()
     weights = sum(x.numel() * x.element_size() for x in model.parameters())
     tokens = torch.randint(0, config.vocab_size, (1, 8192))

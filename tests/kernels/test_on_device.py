@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from benchmarks.gpu.part_prefill import TINY
+from benchmarks.gpu.part_prefill import GROUPED, TINY
 from modeling_keye import ops_keye, sparse_attention_keye, sparse_reference_keye
 from modeling_keye.configuration_keye import KeyeTextConfig
 from modeling_keye.modeling_keye import KeyeTextModel
@@ -155,10 +155,9 @@ def test_decoding_steps_of_a_model_in_a_graph(kind, make_step):
     """One graph for every slot of a static cache gives the hidden states of eager steps over a growing cache."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    grouped = {"attention_type": "gqa", "indexer_type": "keye_vl_2", "num_key_value_heads": 1, "head_dim": 16}
     rules = {"local_window": 8, "anchor_stride": 16, "num_hidden_layers": 2, "mlp_layer_types": ["dense"] * 2}
     rules |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-    config = KeyeTextConfig(**TINY | rules | (grouped if kind == "gqa" else {}))
+    config = KeyeTextConfig(**TINY | rules | (GROUPED if kind == "gqa" else {}))
     model = KeyeTextModel(config).eval().to("cuda", torch.float16)
     tokens = torch.randint(0, config.vocab_size, (2, 160), device="cuda")
     growing, static = DynamicCache(config=config), StaticCache(config=config, max_cache_len=200)
@@ -222,9 +221,10 @@ def test_operators_are_correct_on_the_device(kind):
 
 @pytest.mark.parametrize("kind", ["mla", "gqa"])
 def test_measured_blocks_are_used_and_kept(kind, tmp_path):
-    grouped = {"attention_type": "gqa", "indexer_type": "keye_vl_2", "num_key_value_heads": 1, "head_dim": 64}
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-    config = KeyeTextConfig(**TINY | {"kv_lora_rank": 64} | rope | (grouped if kind == "gqa" else {}))
+    config = KeyeTextConfig(
+        **TINY | {"kv_lora_rank": 64} | rope | (GROUPED | {"head_dim": 64} if kind == "gqa" else {})
+    )
     arguments = {"training": True, "file": tmp_path / "blocks.json"}
     records = sparse_attention_keye.autotune(config, "cuda", torch.float16, **arguments)
     assert records and all(record["ms"] <= record["own_ms"] for record in records)
