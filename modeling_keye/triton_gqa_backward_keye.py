@@ -27,7 +27,7 @@ from .triton_gather_keye import (
     scores_of,
 )
 from .triton_tuning_keye import tunable
-from .triton_union_keye import unions, unit_blocks
+from .triton_union_keye import Union, unions, unit_blocks
 
 
 def padded(size: int) -> int:
@@ -194,6 +194,14 @@ def _backward_kernel(
     )
 
 
+def _most_places(union: Union) -> int:
+    """At least as many as each union of the chunk has. Asking the device for the number would break a capture, which
+    goes through as many as there can be."""
+    if union.sizes.is_cuda and torch.cuda.is_current_stream_capturing():
+        return union.positions.shape[1]
+    return max(1, int(union.sizes[: union.count].max()))
+
+
 def backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -265,7 +273,7 @@ def backward(
         if not torch.are_deterministic_algorithms_enabled():
             launch(union, 0, union.count, grad_k, grad_v, 0)
             continue
-        largest = max(1, int(union.sizes[: union.count].max()))  # waits for the device: the price of a fixed order
+        largest = _most_places(union)
         own_bytes = groups * largest * (dim + value_dim) * lse.element_size()
         chunk = min(union.count, max(1, WORKSPACE_BYTES // own_bytes))
         k_rows = torch.empty(chunk, groups, largest, dim, dtype=lse.dtype, device=q.device)

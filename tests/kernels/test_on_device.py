@@ -114,6 +114,51 @@ def test_compiled_step_equals_eager(mode):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("deterministically", [False, True])
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+def test_captured_gradients_follow_their_inputs(kind, deterministically):
+    torch.use_deterministic_algorithms(deterministically)
+    try:
+        index, grouped, latent = inputs(64)
+        place = {"batch_size": 1, "num_queries": 64, "query_offset": KEYS - 64}
+        indices = sparse_attention_keye.select_tokens(Selection(PLACES), *index, **place)
+        leaves = [x.requires_grad_() for x in (latent if kind == "mla" else grouped)]
+        attend, sizes = (
+            (sparse_attention_keye.sparse_mla, (SCALE, 512))
+            if kind == "mla"
+            else (
+                sparse_attention_keye.sparse_gqa,
+                (SCALE,),
+            )
+        )
+
+        def gradients():
+            out, _ = attend(*leaves, indices, *sizes)
+            return torch.autograd.grad(out.float().square().sum(), leaves)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            gradients()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = gradients()
+        for seed in range(2):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                for leaf in leaves:
+                    leaf.normal_()
+            graph.replay()
+            found = [x.clone() for x in captured]
+            for ours, theirs in zip(found, gradients()):
+                if deterministically:
+                    assert torch.equal(ours, theirs)
+                assert float((ours.double() - theirs.double()).norm() / theirs.double().norm()) < 1e-2
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def captured_step(model, token, cache):
     """A step of the model in a CUDA graph, which takes its token and its slot from memory."""
     sparse_attention_keye.warm_up(model.config, token.device, model.dtype)

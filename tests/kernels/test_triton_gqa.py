@@ -308,6 +308,17 @@ def test_deterministic_gradients_are_bit_equal(device, monkeypatch):
     check(first, judge(inputs, indices, grad_out), 1e-4)
 
 
+@pytest.mark.usefixtures("deterministic")
+def test_a_capture_asks_the_device_for_nothing_and_changes_no_bit(device, monkeypatch):
+    """It reserves rows for unions as large as they could be."""
+    inputs = make(2, 20, 30, 16, 2, 32, 16, torch.float32, device=device)
+    indices = lists(2, 20, 30, 12, device)
+    grad_out = upstream(inputs)
+    asked = run(inputs, indices, grad_out)
+    monkeypatch.setattr(triton_gqa_backward_keye, "_most_places", lambda union: union.positions.shape[1])
+    assert all(torch.equal(ours, again) for ours, again in zip(run(inputs, indices, grad_out), asked))
+
+
 # Precision: the error against float64 may not exceed that of PyTorch in the same dtype, plus one rounding. Two codes
 # stand for PyTorch: masked attention, and in float32 the tiled backend, which like the kernels takes the mean of the
 # gradient of probabilities from the output and loses where it cancels.
