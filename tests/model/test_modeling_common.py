@@ -873,6 +873,7 @@ def test_training_does_not_depend_on_the_encoding_chunk(kind, chunk):
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["mla", pytest.param("gqa", marks=pytest.mark.slow)])
 def test_torch_compile_for_training(kind):
     """Compiled in pieces (the media and the selection need values on the host), with the same loss and gradients."""
     model = fresh_model(kind, num_hidden_layers=1)
