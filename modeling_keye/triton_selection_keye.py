@@ -74,14 +74,16 @@ def score_tiles(heads: int, dim: int, dtype: torch.dtype, shared: int) -> ScoreT
     # float32 multiplies without tensor cores and needs the registers for its operands.
     columns, keys = (SCORE_COLUMNS, ROW_MULTIPLE) if dtype.itemsize == 2 else (32, 32)
     columns = max(columns, heads_block)
-    num_stages = 2  # three programs share a multiprocessor: while one waits for keys or the tensor cores, others reduce
+    # Three programs share a multiprocessor: while one waits for the tensor cores, others reduce. With two stages each
+    # would wait for keys as soon as it has asked for them.
+    num_stages = 3
 
     def need() -> int:
         return (columns + num_stages * keys) * dim_block * dtype.itemsize
 
     available = shared - 8 * 1024  # layout changes of the epilogue take up to 8 KiB
     while need() > available and keys > GROUP:
-        keys //= 2
+        keys, num_stages = (keys, 2) if num_stages > 2 else (keys // 2, 2)
     if need() > available:
         raise ValueError(
             f"An indexer of {heads} heads of {dim} in {dtype} does not fit the device's {shared // 1024} KiB of shared "
@@ -152,8 +154,10 @@ def _score_kernel(
         begin = tl.maximum(begin, start // BLOCK_KEYS * BLOCK_KEYS)
 
     o_columns = tl.arange(0, BLOCK_QUERIES * BLOCK_HEADS)
-    column_queries = i_block * BLOCK_QUERIES + o_columns // BLOCK_HEADS
-    column_heads = o_columns % BLOCK_HEADS
+    # A thread of a matrix product holds neighbouring columns of every group of eight: with the queries innermost these
+    # are the heads of two queries, and the sum over heads needs no other thread.
+    column_queries = i_block * BLOCK_QUERIES + o_columns % BLOCK_QUERIES
+    column_heads = o_columns // BLOCK_QUERIES
     column_used = (column_queries < num_queries) & (column_heads < HEADS)
     o_dim = tl.arange(0, BLOCK_DIM)
     q_rows = i_batch * q_stride_b + column_queries.to(tl.int64) * q_stride_s + column_heads * q_stride_h
@@ -183,9 +187,9 @@ def _score_kernel(
         products = tl.maximum(products, 0.0, propagate_nan=tl.PropagateNan.ALL) * b_w[None, :]
         if HEADS != BLOCK_HEADS:
             products = tl.where((column_heads < HEADS)[None, :], products, 0.0)
-        products = tl.reshape(products, (BLOCK_KEYS, BLOCK_QUERIES, BLOCK_HEADS))
+        products = tl.reshape(products, (BLOCK_KEYS, BLOCK_HEADS, BLOCK_QUERIES))
         # NaN and -inf become the lowest finite number, so that -inf is free to mark what is no candidate.
-        scores = tl.maximum(tl.sum(products, axis=2), -3.4028234663852886e38)  # [BLOCK_KEYS, BLOCK_QUERIES]
+        scores = tl.maximum(tl.sum(products, axis=1), -3.4028234663852886e38)  # [BLOCK_KEYS, BLOCK_QUERIES]
         if HAS_MASK or HAS_ANCHORS:
             candidate = in_range
             if HAS_MASK:
