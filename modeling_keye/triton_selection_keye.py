@@ -27,7 +27,17 @@ from dataclasses import dataclass
 import torch
 
 from .sparse_reference_keye import forced_count
-from .triton_common_keye import jit, on_device, operand_dtype, ordered_bits, shared_memory, tl, triton, within_32_bits
+from .triton_common_keye import (
+    jit,
+    multiprocessors,
+    on_device,
+    operand_dtype,
+    ordered_bits,
+    shared_memory,
+    tl,
+    triton,
+    within_32_bits,
+)
 from .triton_tuning_keye import tunable
 
 # Scores of one chunk: 28 MiB, so that they stay in an H100's L2. The list of survivors is as long, and peaks and groups
@@ -92,9 +102,13 @@ def score_tiles(heads: int, dim: int, dtype: torch.dtype, shared: int) -> ScoreT
     return ScoreTiles(columns // heads_block, heads_block, dim_block, keys, num_warps=4, num_stages=num_stages)
 
 
-def select_tile(num_keys: int) -> tuple[int, int]:
-    """(entries per tile, warps) of the row kernel: one tile holds the peaks of 32K keys, two those of 128K."""
-    return (2048, 8) if num_keys <= 2048 * GROUP else (4096, 16)
+def select_tile(num_keys: int, rows: int, processors: int) -> tuple[int, int]:
+    """(entries per tile, warps) of the row kernel: one tile holds the peaks of 32K keys, or those of 64K.
+
+    Two programs of eight warps share a multiprocessor, and one works while the other waits. Where there are too few
+    rows for that, long ones get sixteen warps.
+    """
+    return (4096, 16) if num_keys > 2048 * GROUP and rows < 2 * processors else (2048, 8)
 
 
 @jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICES)
@@ -188,8 +202,10 @@ def _score_kernel(
         if HEADS != BLOCK_HEADS:
             products = tl.where((column_heads < HEADS)[None, :], products, 0.0)
         products = tl.reshape(products, (BLOCK_KEYS, BLOCK_HEADS, BLOCK_QUERIES))
-        # NaN and -inf become the lowest finite number, so that -inf is free to mark what is no candidate.
-        scores = tl.maximum(tl.sum(products, axis=1), -3.4028234663852886e38)  # [BLOCK_KEYS, BLOCK_QUERIES]
+        # As in the PyTorch backend NaN and -inf become the lowest finite number and inf the greatest, so that -inf is
+        # free to mark what is no candidate; a sum with 0 turns -0 into 0.
+        scores = tl.maximum(tl.sum(products, axis=1), -3.4028234663852886e38)
+        scores = tl.minimum(scores, 3.4028234663852886e38) + 0.0  # [BLOCK_KEYS, BLOCK_QUERIES]
         if HAS_MASK or HAS_ANCHORS:
             candidate = in_range
             if HAS_MASK:
@@ -206,51 +222,68 @@ def _score_kernel(
 
 
 @jit
+def _tile_of(first, TILE: tl.constexpr):
+    """first, first + 1, ... as rows of 16: a thread then holds neighbours, whose order costs it no exchange."""
+    return first + tl.arange(0, TILE // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+
+
+@jit
 def _append(out_ptr, count, values, take):
-    """Writes those of `values` that `take` marks behind the first `count` entries; returns the new count."""
-    places = count + tl.cumsum(take.to(tl.int32), axis=0) - 1
-    tl.store(out_ptr + places, values, mask=take)
-    return count + tl.sum(take.to(tl.int32), axis=0)
+    """Writes those of `values` [rows, columns], row by row, that `take` marks behind the first `count` entries; returns
+    the new count."""
+    ones = take.to(tl.int32)
+    in_row = tl.sum(ones, axis=1)
+    before = count + tl.cumsum(in_row, axis=0) - in_row
+    tl.store(out_ptr + before[:, None] + tl.cumsum(ones, axis=1) - 1, values, mask=take)
+    return count + tl.sum(in_row, axis=0)
 
 
 @jit
-def _candidate_bits(scores_ptr, places, mask):
+def _score_bits(scores_ptr, places, mask):
     """`ordered_bits` of the scores at `places`, 0 where they are marked as no candidates or masked."""
-    scores = tl.load(scores_ptr + places, mask=mask, other=float("-inf"))
-    return tl.where(scores == float("-inf"), 0, ordered_bits(scores)).to(tl.uint32)
+    return ordered_bits(tl.load(scores_ptr + places, mask=mask, other=float("-inf")))
 
 
 @jit
-def _kth_largest(scores_ptr, places_ptr, count, k, INDIRECT: tl.constexpr, TILE: tl.constexpr, DIGIT: tl.constexpr):
-    """Radix select among the candidates of `count` scores: the bits of the k-th largest, how many of its equals belong
-    to the k largest; (0, k) when there are fewer than k.
+def _kth_largest(
+    scores_ptr, places_ptr, count, k, slack, INDIRECT: tl.constexpr, TILE: tl.constexpr, DIGIT: tl.constexpr
+):
+    """Radix select among the candidates of `count` scores: (lowest, highest, room), an interval of bits.
+
+    The k largest are those above the interval and the first `room` of those inside, which are up to `slack` more or all
+    equal. With fewer than k candidates, room is k and all lie inside.
 
     The entries are scores[0], scores[1], ..., or with INDIRECT scores[places[0]], scores[places[1]], ...
     """
     PASSES: tl.constexpr = (32 + DIGIT - 1) // DIGIT
     o_bins = tl.arange(0, 2**DIGIT)
-    prefix = tl.full((), 0, tl.uint32)
-    remaining = k
+    one = tl.full((), 1, tl.uint32)
+    lowest = tl.full((), 0, tl.uint32)
+    highest = tl.full((), 0xFFFFFFFF, tl.uint32)
+    room = k
+    several = True
     for i_pass in tl.static_range(PASSES):
         shift = (PASSES - 1 - i_pass) * DIGIT
-        histogram = tl.zeros((2**DIGIT,), tl.int32)
-        for first in range(0, count, TILE):
-            entries = first + tl.arange(0, TILE)
-            inside = entries < count
-            if INDIRECT:
-                entries = tl.load(places_ptr + entries, mask=inside, other=0)
-            bits = _candidate_bits(scores_ptr, entries, inside)
-            matches = bits != 0
-            if i_pass > 0:
-                matches = matches & ((bits >> (shift + DIGIT)) == prefix)
-            digits = ((bits >> shift) & (2**DIGIT - 1)).to(tl.int32)
-            histogram += tl.histogram(digits, 2**DIGIT, mask=matches)
-        above = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0)
-        # One bin at most: that in which the remaining-th largest entry lies.
-        here = (above < remaining) & (remaining <= above + histogram)
-        prefix = (prefix << DIGIT) | tl.sum(tl.where(here, o_bins, 0), axis=0).to(tl.uint32)
-        remaining -= tl.sum(tl.where(here, above, 0), axis=0)
-    return prefix, remaining
+        if several:
+            histogram = tl.zeros((2**DIGIT,), tl.int32)
+            for first in range(0, count, TILE):
+                entries = first + tl.arange(0, TILE)
+                inside = entries < count
+                if INDIRECT:
+                    entries = tl.load(places_ptr + entries, mask=inside, other=0)
+                bits = _score_bits(scores_ptr, entries, inside)
+                matches = (bits != 0) & (bits >= lowest) & (bits <= highest)
+                digits = ((bits >> shift) & (2**DIGIT - 1)).to(tl.int32)
+                histogram += tl.histogram(digits, 2**DIGIT, mask=matches)
+            above = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0)
+            # One bin at most: that in which the room-th largest entry lies.
+            here = (above < room) & (room <= above + histogram)
+            lowest |= tl.sum(tl.where(here, o_bins, 0), axis=0).to(tl.uint32) << shift
+            found = tl.sum(here.to(tl.int32), axis=0) > 0
+            highest = tl.where(found, lowest | ((one << shift) - one), highest)
+            room -= tl.sum(tl.where(here, above, 0), axis=0)
+            several = tl.sum(tl.where(here, histogram, 0), axis=0) > room + slack
+    return lowest, highest, room
 
 
 @jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICES)
@@ -300,14 +333,15 @@ def _select_kernel(
     first_group = start // GROUP  # padding before it was not scored
     num_groups = slot // GROUP + 1 - first_group
     peaks_ptr += first_group
-    bound, _ = _kth_largest(peaks_ptr, peaks_ptr, num_groups, topk, False, TILE, DIGIT)
+    # Any number that k groups reach will do: an eighth more of them is less work than another digit.
+    bound, _, _ = _kth_largest(peaks_ptr, peaks_ptr, num_groups, topk, topk // 8, False, TILE, DIGIT)
     bound = tl.maximum(bound, tl.full((), 1, tl.uint32))
     num_kept = 0
     for first in range(0, num_groups, TILE):
-        entries = first + tl.arange(0, TILE)
+        entries = _tile_of(first, TILE)
         inside = entries < num_groups
         groups = first_group + entries
-        kept = _candidate_bits(peaks_ptr, entries, inside) >= bound
+        kept = _score_bits(peaks_ptr, entries, inside) >= bound
         kept = kept | (slot - groups * GROUP < local_window + GROUP)
         if HAS_ANCHORS:
             # The first anchor at or after the group's first slot lies in the group.
@@ -321,29 +355,32 @@ def _select_kernel(
         entries = first + tl.arange(0, TILE // GROUP)
         groups = tl.load(groups_ptr + entries, mask=entries < num_kept, other=0)
         places = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        visible = (entries < num_kept)[:, None] & (places <= slot) & (places >= start)
+        inside = (entries < num_kept)[:, None]  # one mask for a row, so that four scores are loaded at once
+        visible = inside & (places <= slot) & (places >= start)
         if HAS_MASK:
             visible = visible & (tl.load(mask_ptr + places, mask=visible, other=0) != 0)
         forced = slot - places <= local_window
         if HAS_ANCHORS:
             forced = forced | ((places - start) % anchor_stride == 0)
-        taken = visible & (forced | (_candidate_bits(scores_ptr, places, visible) >= bound))
-        num_places = _append(places_ptr, num_places, tl.reshape(places, (TILE,)), tl.reshape(taken, (TILE,)))
+        taken = visible & (forced | (_score_bits(scores_ptr, places, inside) >= bound))
+        num_places = _append(places_ptr, num_places, places, taken)
     tl.debug_barrier()
 
     # From here on, a place without candidate's bits is forced.
-    threshold, room = _kth_largest(scores_ptr, places_ptr, num_places, topk, True, TILE, DIGIT)
+    lowest, highest, room = _kth_largest(scores_ptr, places_ptr, num_places, topk, 0, True, TILE, DIGIT)
     count = 0
-    num_equal = 0
+    num_ranked = 0
     for first in range(0, num_places, TILE):
-        entries = first + tl.arange(0, TILE)
+        entries = _tile_of(first, TILE)
         inside = entries < num_places
         places = tl.load(places_ptr + entries, mask=inside, other=0)
-        bits = _candidate_bits(scores_ptr, places, inside)
-        equal = (bits == threshold) & inside
-        rank = num_equal + tl.cumsum(equal.to(tl.int32), axis=0)
-        num_equal += tl.sum(equal.to(tl.int32), axis=0)
-        kept = (bits == 0) | (bits > threshold) | (equal & (rank <= room))
+        bits = _score_bits(scores_ptr, places, inside)
+        ranked = inside & (bits != 0) & (bits >= lowest) & (bits <= highest)
+        ones = ranked.to(tl.int32)
+        in_row = tl.sum(ones, axis=1)
+        rank = num_ranked + (tl.cumsum(in_row, axis=0) - in_row)[:, None] + tl.cumsum(ones, axis=1)
+        num_ranked += tl.sum(in_row, axis=0)
+        kept = (bits == 0) | (bits > highest) | (ranked & (rank <= room))
         count = _append(out_ptr, count, places, kept & inside)
     for first in range(count, width, TILE):
         o_rest = first + tl.arange(0, TILE)
@@ -389,7 +426,7 @@ def _enumerate_kernel(
 
     count = 0
     for first in range(0, num_slots, TILE):
-        entries = first + tl.arange(0, TILE)
+        entries = _tile_of(first, TILE)
         slots = tl.where(
             entries < num_anchors, start + entries * anchor_stride, oldest_in_window + entries - num_anchors
         )
@@ -521,7 +558,6 @@ def _select(
     dtype = torch.float32 if dtype == torch.float64 else dtype  # scores are float32 in every backend
     q, k = within_32_bits(q.to(dtype)), k.to(dtype)
     tiles = score_tiles(heads, dim, dtype, shared_memory(q.device))
-    tile, num_warps = select_tile(query_offset + num_queries)
     chunks = list(_chunks(batch, first_query, num_queries, query_offset))
     size = max(sequences * count * _row_stride(query_offset + begin + count) for _, sequences, begin, count in chunks)
     scores = torch.empty(size, dtype=torch.float32, device=q.device)
@@ -530,6 +566,7 @@ def _select(
     groups = torch.empty(size // GROUP, dtype=torch.int32, device=q.device)
     window, stride = -1 if local_window is None else local_window, anchor_stride or 1
     mask_stride = 0 if mask is None else mask.stride(0)
+    processors = multiprocessors(q.device)
     switches = {"HAS_MASK": mask is not None, "HAS_ANCHORS": anchor_stride is not None, "HAS_SLOT": slot is not None}
     for b, sequences, begin, count in chunks:
         part = slice(b, b + sequences), slice(begin, begin + count)
@@ -571,6 +608,7 @@ def _select(
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )
+        tile, num_warps = select_tile(query_offset + num_queries, sequences * count, processors)
         _select_kernel[(sequences * count,)](
             scores,
             peaks,

@@ -16,7 +16,7 @@ from .sparse_reference_keye import forced_count
 from .triton_common_keye import multiprocessors
 from .triton_union_keye import MAX_UNIT
 
-# Up to here the row kernel of the selection takes its small tile (`triton_selection_keye.select_tile`).
+# Longer rows get the large tile of the selection where there are few of them (`triton_selection_keye.select_tile`).
 _SHORT_ROWS = 2**15
 # Places of a list that is cut into parts when there is room, and of one that never is.
 _WIDE, _NARROW = 1024, 16
@@ -60,6 +60,7 @@ def _steps(config, device, dtype, training) -> list[tuple[str, Callable[[], None
         return []
     topk = rule["topk"]
     steps = []
+    processors = multiprocessors(device)
     lengths = {"whole": 4}  # fewer tokens than any rule keeps
     if topk is not None:
         selective = _selective_length(**rule)
@@ -67,8 +68,8 @@ def _steps(config, device, dtype, training) -> list[tuple[str, Callable[[], None
     for name, num_keys in lengths.items():
         for padded, at_slot in product((False, True), repeat=2):
             label = f"select, {name}{', padded' if padded else ''}{', in a graph' if at_slot else ''}"
-            steps.append((label, partial(_select, config, rule, num_keys, padded, at_slot, device, dtype)))
-    processors = multiprocessors(device)
+            num_queries = 2 if num_keys <= _SHORT_ROWS or name == "long" else 2 * processors
+            steps.append((label, partial(_select, config, rule, num_keys, num_queries, padded, at_slot, device, dtype)))
     attend = {"mla": _attend_latent, "gqa": _attend_grouped}[config.attention_type]
     for name, batch, num_queries, places in (
         ("decode", 1, 1, _WIDE),
@@ -88,22 +89,22 @@ def _selective_length(topk: int, local_window: int | None, anchor_stride: int | 
     return num_keys
 
 
-def _select(config, rule, num_keys, padded, at_slot, device, dtype) -> None:
+def _select(config, rule, num_keys, num_queries, padded, at_slot, device, dtype) -> None:
     heads, dim = config.index_n_heads, config.index_head_dim
     scored = rule["topk"] is not None
     mask = torch.ones(1, num_keys, dtype=torch.bool, device=device) if padded else None
     select_tokens(
-        torch.zeros(1, 2, heads, dim, dtype=dtype, device=device) if scored else None,
+        torch.zeros(1, num_queries, heads, dim, dtype=dtype, device=device) if scored else None,
         torch.zeros(1, num_keys, dim, dtype=dtype, device=device) if scored else None,
-        torch.zeros(1, 2, heads, device=device) if scored else None,
+        torch.zeros(1, num_queries, heads, device=device) if scored else None,
         **rule,
         batch_size=1,
-        num_queries=2,
-        query_offset=num_keys - 2,
+        num_queries=num_queries,
+        query_offset=num_keys - num_queries,
         key_mask=mask,
         width=num_keys,
         device=device,
-        slot=torch.full((), num_keys - 2, device=device) if at_slot else None,
+        slot=torch.full((), num_keys - num_queries, device=device) if at_slot else None,
     )
 
 

@@ -110,14 +110,6 @@ def on_device(device: torch.device) -> AbstractContextManager:
 
 @jit
 def ordered_bits(x):
-    """float32 -> uint32 that compare as the numbers do, for finite numbers.
-
-    -0 becomes +0, NaN and -inf the lowest finite number and +inf the greatest, as in the PyTorch backend. Results lie
-    in [0x00800000, 0xFF7FFFFF], so that 0 stays free for a mark.
-    """
-    greatest: tl.constexpr = 3.4028234663852886e38
-    x = tl.where(x != x, -greatest, x)
-    x = tl.where(x < -greatest, -greatest, tl.where(x > greatest, greatest, x))
-    x = tl.where(x == 0.0, 0.0, x)
+    """float32 without NaN and -0 -> uint32 that compare as the numbers do, 0 for -inf."""
     bits = x.to(tl.uint32, bitcast=True)
-    return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000) - 0x007FFFFF

@@ -28,6 +28,7 @@ from .triton_common_keye import (
 from .triton_gather_keye import (
     HOPPER_SHARED,
     LOG2_E,
+    SLACK,
     add_weighted,
     combine,
     first_fitting,
@@ -53,31 +54,35 @@ class Tiles:
     num_stages: int
 
 
-@tunable("gqa_unions", places=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4))
+@tunable("gqa_unions", places=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 5, 7))
 def union_tiles(heads_per_group: int, dim: int, value_dim: int, element_size: int, shared: int) -> Tiles:
     """Blocks for padded head sizes that fit `shared` bytes; no length enters."""
     heads = triton.next_power_of_2(heads_per_group)
     # Hopper reads a tile from shared memory while the next one arrives; older devices hold it in registers.
-    buffers = 2 if shared >= HOPPER_SHARED and element_size == 2 else 1
+    hopper = shared >= HOPPER_SHARED and element_size == 2
 
-    def size(rows: int, places: int) -> int:
+    def size(rows: int, places: int, buffers: int = 2 if hopper else 1) -> int:
         return (rows * dim + buffers * places * (dim + value_dim) + rows * places) * element_size
 
     blocks = [(128, 64), (64, 64), (64, 32), (32, 32), (32, 16)] if element_size == 2 else [(32, 16), (16, 16)]
     rows, places = first_fitting(unit_blocks(blocks, heads, 128 * 128 // value_dim), size, shared)
-    return Tiles(rows // heads, heads, places, 8, 3)
+    # Half of the stages bring positions, half rows: with three, a tile is waited for as soon as it is asked for.
+    ahead = hopper and size(rows, places, 3) <= shared - SLACK
+    return Tiles(rows // heads, heads, places, 8, 5 if ahead else 3)
 
 
 def list_tiles(heads_per_group: int, dim: int, value_dim: int, element_size: int, shared: int) -> Tiles:
     """The same for one query per program."""
     heads = max(16, triton.next_power_of_2(heads_per_group))
 
-    def size(heads: int, places: int) -> int:
-        return (heads * dim + places * (dim + value_dim) + heads * places) * element_size
+    def size(heads: int, places: int, buffers: int = 1) -> int:
+        return (heads * dim + buffers * places * (dim + value_dim) + heads * places) * element_size
 
     blocks = [(heads, places) for places in ((64, 32, 16) if element_size == 2 else (16,))]
     _, places = first_fitting(blocks, size, shared)
-    return Tiles(1, heads, places, 4, 3)
+    # Two tiles on their way where three programs still share a multiprocessor.
+    ahead = element_size == 2 and 3 * (size(heads, places, 2) + SLACK) <= shared
+    return Tiles(1, heads, places, 4, 5 if ahead else 3)
 
 
 @jit(do_not_specialize=["first_unit", "units", "num_rows", "num_queries", "num_keys", "num_places", "num_groups"])

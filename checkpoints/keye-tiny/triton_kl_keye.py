@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from .triton_common_keye import jit, operand_dtype, tl, triton
-from .triton_gather_keye import HOPPER_SHARED, first_fitting, load_rows
+from .triton_gather_keye import HOPPER_SHARED, SLACK, first_fitting, load_rows
 
 # q - p lies in [-1, 1]. Multiplied by this it is a normal float16 from 4e-9 on, and far from the greatest.
 LIFT = 2.0**14
@@ -69,16 +69,18 @@ def walk_tiles(width: int, element_size: int, shared: int) -> Tiles:
 
 def head_tiles(width: int, element_size: int, shared: int) -> Tiles:
     """Blocks of a kernel that keeps a tile of keys and walks over heads: more keys feed more products per byte."""
-    buffers = _buffers(element_size, shared)
+    hopper = _buffers(element_size, shared) > 1
 
-    def size(rows: int, keys: int) -> int:
+    def size(rows: int, keys: int, buffers: int = 2 if hopper else 1) -> int:
         return (buffers * rows + keys) * width * element_size
 
     blocks = [(64, 128), (64, 64), (32, 32), (16, 16)] if element_size == 2 else [(32, 32), (16, 16)]
-    if width > 256 and buffers == 1:  # operands of wider tiles would not fit the registers
+    if width > 256 and not hopper:  # operands of wider tiles would not fit the registers
         blocks = [pair for pair in blocks if pair[1] <= 32]
     rows, keys = first_fitting(blocks, size, shared)
-    return Tiles(rows, keys, 8 if keys == 128 or element_size > 2 else 4, 2)
+    # With two stages a head is waited for as soon as it is asked for.
+    ahead = hopper and size(rows, keys, 3) <= shared - SLACK
+    return Tiles(rows, keys, 8 if keys == 128 or element_size > 2 else 4, 3 if ahead else 2)
 
 
 def _buffers(element_size: int, shared: int) -> int:

@@ -54,7 +54,7 @@ class ScoreTiles:
 
 @dataclass(frozen=True)
 class RowTiles:
-    """Blocks of the second kernel: heads (all of them), places, columns; launch options."""
+    """Blocks of the second kernel: heads (all of them), places, columns; launch options; products kept apart."""
 
     heads: int
     places: int
@@ -62,6 +62,7 @@ class RowTiles:
     swapped: bool
     num_warps: int
     num_stages: int
+    apart: bool
 
 
 @tunable(
@@ -98,15 +99,16 @@ def score_tiles(heads: int, latent: int, width: int, element_size: int, shared: 
     columns=(64, 128),
     num_warps=(4, 8),
     num_stages=(1, 2, 3),
+    apart=(False, True),
 )
 def row_tiles(heads: int, width: int, element_size: int, shared: int) -> RowTiles:
     """Blocks for `heads` heads of `width` columns that fit `shared` bytes; no length enters."""
     block = max(16, triton.next_power_of_2(heads))
     columns = 128 if element_size == 2 and -width % 128 <= 64 else 64
     if element_size > 2:
-        return RowTiles(block, 16, columns, False, 8, 2)
+        return RowTiles(block, 16, columns, False, 8, 2, False)
     hopper = shared >= HOPPER_SHARED
-    return RowTiles(block, 64 if hopper else 32, columns, hopper and block < 64, 8, 2)
+    return RowTiles(block, 64 if hopper else 32, columns, hopper and block < 64, 8, 2, hopper and block == 128)
 
 
 @jit(do_not_specialize=["first_query", "num_queries", "num_keys", "num_places", "num_heads"])
@@ -233,6 +235,7 @@ def _row_gradients_kernel(
     BLOCK_W: tl.constexpr,
     SWAPPED: tl.constexpr,
     OWN_ROWS: tl.constexpr,
+    APART: tl.constexpr,  # stages of a loop whose products stand in branches of their own, or None
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -256,7 +259,7 @@ def _row_gradients_kernel(
     grad_scores_ptr += i_local * num_heads * row_places
     used = tl.load(used_ptr + i_query)
     b_grad_q = tl.zeros([BLOCK_W, BLOCK_H] if SWAPPED else [BLOCK_H, BLOCK_W], ACC)
-    for start in range(0, used, BLOCK_K):
+    for start in tl.range(0, used, BLOCK_K, num_stages=APART):
         o_place = start + tl.arange(0, BLOCK_K)
         b_index = tl.load(indices_ptr + o_place * stride_ik, mask=o_place < num_places, other=-1)
         m_place = (b_index >= 0) & (b_index < num_keys)
@@ -266,10 +269,17 @@ def _row_gradients_kernel(
         offsets = o_head[:, None] * row_places + o_place[None, :]
         b_probs = tl.load(probs_ptr + offsets, mask=m_head[:, None], other=0.0).to(DOT)
         b_grad_scores = tl.load(grad_scores_ptr + offsets, mask=m_head[:, None], other=0.0).to(DOT)
-        b_grad_kv = tl.dot(tl.trans(b_grad_scores), b_q, input_precision="ieee", out_dtype=ACC)
+        # Branches that are always taken. The first keeps Triton from following one product into the next, which would
+        # make both groups of warps multiply the same (see `_scores_apart` of the forward pass); the second has its
+        # product done before the atomic additions branch, across which each matrix instruction would be waited for.
+        if APART is None or start >= 0:
+            b_grad_kv = tl.dot(tl.trans(b_grad_scores), b_q, input_precision="ieee", out_dtype=ACC)
+        else:
+            b_grad_kv = tl.dot(tl.trans(b_probs), b_q, input_precision="ieee", out_dtype=ACC)
         b_grad_kv = tl.dot(tl.trans(b_probs), b_grad, b_grad_kv, input_precision="ieee", out_dtype=ACC)
         b_weights = tl.trans(b_grad_scores) if SWAPPED else b_grad_scores
-        b_grad_q = add_weighted(b_grad_q, b_weights, b_kv, SWAPPED, ACC)
+        if APART is None or used > 0:
+            b_grad_q = add_weighted(b_grad_q, b_weights, b_kv, SWAPPED, ACC)
         o_row = i_local * num_places + o_place if OWN_ROWS else i_b * num_keys + b_index
         pointers = grad_kv_ptr + o_row[:, None] * W + o_column[None, :]
         if OWN_ROWS:
@@ -381,6 +391,7 @@ def backward(
                 BLOCK_W=second.columns,
                 SWAPPED=second.swapped,
                 OWN_ROWS=deterministic,
+                APART=second.num_stages if second.apart else None,
                 **types,
                 num_warps=second.num_warps,
                 num_stages=second.num_stages,

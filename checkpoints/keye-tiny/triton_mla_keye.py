@@ -46,17 +46,27 @@ _MAX_OUTPUT = 64 * 512
 
 @dataclass(frozen=True)
 class Tiles:
-    """Heads and places per program (powers of two), heads as columns of the products or as rows, launch options."""
+    """Heads and places per program (powers of two), heads as columns of the products or as rows, launch options.
+
+    With `ahead`, which is for heads as rows, the next tile is gathered before this one is multiplied.
+    """
 
     heads: int
     places: int
     swapped: bool
     num_warps: int
     num_stages: int
+    ahead: bool
 
 
 @tunable(
-    "mla_forward", heads=(16, 32, 64), swapped=(False, True), places=(32, 64), num_warps=(4, 8), num_stages=(1, 2, 3)
+    "mla_forward",
+    heads=(16, 32, 64),
+    swapped=(False, True),
+    places=(32, 64),
+    num_warps=(4, 8),
+    num_stages=(1, 2, 3),
+    ahead=(False, True),
 )
 def forward_tiles(heads: int, latent: int, width: int, element_size: int, shared: int) -> Tiles:
     """Blocks for `heads` heads, padded sizes `latent` and `width`, that fit `shared` bytes; no length enters.
@@ -79,7 +89,24 @@ def forward_tiles(heads: int, latent: int, width: int, element_size: int, shared
         blocks = [(block, places) for block, places in blocks if block <= most and block < 2 * max(16, heads)]
         blocks = [(block, places) for block, places in blocks if block * latent <= _MAX_OUTPUT] or [(16, 16)]
     block, places = first_fitting(blocks, size, shared)
-    return Tiles(block, places, hopper and block < 64 <= places, 8, 2)
+    return Tiles(block, places, hopper and block < 64 <= places, 8, 2, hopper and block == places == 64)
+
+
+@jit
+def _scores_apart(b_q, b_q_rope, b_kv, b_rope, start, last, ACC: tl.constexpr):
+    """q kv^T over both blocks of columns, [BH, BK], in branches that are always taken.
+
+    Triton gives a product that it can follow into another one to all warps along its rows. With 64 rows, that has both
+    groups of four warps make the same product. It follows none out of a branch; the branch that is never taken holds a
+    product too, because a constant there would be folded into what comes after.
+    """
+    if start >= 0:
+        b_scores = scores_of(b_q, b_kv, False, ACC)
+    else:
+        b_scores = scores_of(b_q_rope, b_rope, False, ACC)
+    if last >= 0:
+        b_scores = tl.dot(b_q_rope, tl.trans(b_rope), b_scores, input_precision="ieee", out_dtype=ACC)
+    return b_scores
 
 
 @jit(do_not_specialize=["num_queries", "num_keys", "num_places", "num_heads"])
@@ -112,6 +139,7 @@ def _forward_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWAPPED: tl.constexpr,
+    AHEAD: tl.constexpr,  # stages of a loop that gathers a tile before it multiplies the one before, or None
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -125,6 +153,7 @@ def _forward_kernel(
     m_head = o_head < num_heads
     q_rows = q_ptr + i_b * stride_qb + i_s * stride_qs + o_head * stride_qh
     b_q = load_rows(q_rows, m_head, stride_qw, 0, C, BLOCK_C, DOT)
+    b_q_rope = b_q
     if R > 0:
         b_q_rope = load_rows(q_rows, m_head, stride_qw, C, R, BLOCK_R, DOT)
     indices_ptr += i_b * stride_ib + i_s * stride_is
@@ -137,7 +166,7 @@ def _forward_kernel(
     b_max = tl.full([BLOCK_H], float("-inf"), ACC)
     b_sum = tl.zeros([BLOCK_H], ACC)
     b_out = tl.zeros([BLOCK_C, BLOCK_H] if SWAPPED else [BLOCK_H, BLOCK_C], ACC)
-    for start in range(first, last, BLOCK_K):
+    for start in tl.range(first, last, BLOCK_K, num_stages=AHEAD):
         # A tile that would run over the end of the list begins earlier: unmasked reads of indices save registers.
         begin = tl.minimum(start, num_places - BLOCK_K)
         o_tile = tl.arange(0, BLOCK_K)
@@ -145,17 +174,24 @@ def _forward_kernel(
         m_place = (b_index >= 0) & (b_index < num_keys) & (o_tile >= start - begin)
         kv_rows = kv_ptr + b_index.to(tl.int64) * stride_kt
         b_kv = load_rows(kv_rows, m_place, stride_kw, 0, C, BLOCK_C, DOT)
-        b_scores = scores_of(b_q, b_kv, SWAPPED, ACC)
+        b_rope = b_kv
         if R > 0:
-            b_scores += scores_of(b_q_rope, load_rows(kv_rows, m_place, stride_kw, C, R, BLOCK_R, DOT), SWAPPED, ACC)
-        b_scores = tl.where(tl.expand_dims(m_place, HEAD_AXIS), b_scores * scale_log2, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_scores, PLACE_AXIS))
-        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_probs = tl.exp2(b_scores - tl.expand_dims(b_safe, PLACE_AXIS))
-        b_decay = tl.exp2(b_max - b_safe)
-        b_sum = b_sum * b_decay + tl.sum(b_probs, PLACE_AXIS)
-        b_out = add_weighted(b_out * tl.expand_dims(b_decay, PLACE_AXIS), b_probs.to(DOT), b_kv, SWAPPED, ACC)
-        b_max = b_new
+            b_rope = load_rows(kv_rows, m_place, stride_kw, C, R, BLOCK_R, DOT)
+        if AHEAD is None or begin >= 0:  # always; Triton's pipeline puts a branch behind the loads of the next tile
+            if AHEAD is None:
+                b_scores = scores_of(b_q, b_kv, SWAPPED, ACC)
+                if R > 0:
+                    b_scores += scores_of(b_q_rope, b_rope, SWAPPED, ACC)
+            else:
+                b_scores = _scores_apart(b_q, b_q_rope, b_kv, b_rope, start, last, ACC)
+            b_scores = tl.where(tl.expand_dims(m_place, HEAD_AXIS), b_scores * scale_log2, float("-inf"))
+            b_new = tl.maximum(b_max, tl.max(b_scores, PLACE_AXIS))
+            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_probs = tl.exp2(b_scores - tl.expand_dims(b_safe, PLACE_AXIS))
+            b_decay = tl.exp2(b_max - b_safe)
+            b_sum = b_sum * b_decay + tl.sum(b_probs, PLACE_AXIS)
+            b_out = add_weighted(b_out * tl.expand_dims(b_decay, PLACE_AXIS), b_probs.to(DOT), b_kv, SWAPPED, ACC)
+            b_max = b_new
 
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # without keys the maximum is -inf, and so becomes the log-sum-exp
     b_out = b_out / tl.expand_dims(b_sum, PLACE_AXIS)
@@ -233,6 +269,7 @@ def _forward(
             BLOCK_H=tiles.heads,
             BLOCK_K=tiles.places,
             SWAPPED=tiles.swapped,
+            AHEAD=tiles.num_stages if tiles.ahead and rotary and not tiles.swapped else None,
             DOT=operand_dtype(dtype),
             ACC=tl.float64 if statistics == torch.float64 else tl.float32,
             num_warps=tiles.num_warps,

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .triton_common_keye import jit, on_device, tl, triton
+from .triton_common_keye import jit, multiprocessors, on_device, tl, triton
 
-# Membership words and unions of one chunk. At 128K keys and 2048 places this is 170 units of 16 queries: with four
-# key/value heads, about five programs for each multiprocessor of an H100.
+# Membership words and unions of one chunk. At 128K keys and 2048 places there is room for 170 units of 16 queries, so
+# that an H100 gets 132: with four key/value heads, four programs for each multiprocessor.
 UNION_BYTES = 128 * 2**20
 MAX_UNIT = 32
 _MARK_BLOCK = 1024
@@ -117,8 +117,11 @@ def unions(indices: torch.Tensor, num_keys: int, queries: int) -> Iterator[Union
     units = triton.cdiv(num_queries, queries)
     row = max(1, triton.cdiv(num_keys, _COLLECT_BLOCK)) * _COLLECT_BLOCK
     width = triton.cdiv(max(1, min(num_keys, queries * num_places)), 128) * 128
-    chunk = min(batch * units, max(1, UNION_BYTES // (4 * row + 8 * width)))
     device = indices.device
+    chunk, processors = max(1, UNION_BYTES // (4 * row + 8 * width)), multiprocessors(indices.device)
+    if chunk > processors:  # whole rounds: a last one of few programs takes as long as a full one
+        chunk -= chunk % processors
+    chunk = min(batch * units, chunk)
     words = torch.zeros(chunk, row, dtype=torch.int32, device=device)
     ends = torch.zeros(chunk, dtype=torch.int32, device=device)
     positions, members = (torch.empty(chunk, width, dtype=torch.int32, device=device) for _ in range(2))

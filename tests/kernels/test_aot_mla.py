@@ -109,6 +109,15 @@ LAUNCHES = {
     ],
 }
 NAMES = {arch: [function.__name__ for function in functions] for arch, functions in LAUNCHES.items()}
+# Matrix instructions of one group of four warps on Hopper, where 64 heads take 64 places of 576 columns: 36 for the
+# scores and 4 for the values; 8, 8 and 4 for 128 columns of the gradients. Twice as many if both groups make the same.
+PRODUCTS = {
+    "forward_128_heads": ("_forward_kernel", 40),
+    "forward_64_heads_odd_places": ("_forward_kernel", 40),
+    "decode_128_heads": ("_forward_kernel", 40),
+    "gradients_128_heads": ("_row_gradients_kernel", 20),
+    "gradients_deterministic": ("_row_gradients_kernel", 20),
+}
 GATHERING = ("_forward_kernel", "_score_gradients_kernel", "_row_gradients_kernel")
 
 
@@ -128,5 +137,7 @@ def test_compiles_for_the_device(arch, name):
         assert report.stack <= 16, report
         expected, unexpected = ("HGMMA", "HMMA") if arch == 90 else ("HMMA", "HGMMA")
         assert expected in report.instructions and unexpected not in report.instructions, report
+        if arch == 90 and PRODUCTS.get(name, ("",))[0] == report.kernel:
+            assert report.instructions["HGMMA"] == PRODUCTS[name][1], report
         if report.kernel == "_row_gradients_kernel" and "deterministic" in name:
             assert not {"RED", "REDG", "ATOM", "ATOMG"} & set(report.instructions), report

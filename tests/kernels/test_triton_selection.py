@@ -18,7 +18,7 @@ import torch
 from modeling_keye import sparse_reference_keye, triton_common_keye, triton_selection_keye
 from modeling_keye.sparse_attention_keye import Selection
 from modeling_keye.triton_common_keye import INTERPRETED, jit, ordered_bits, tl, triton_usable
-from modeling_keye.triton_selection_keye import score_tiles
+from modeling_keye.triton_selection_keye import _kth_largest, score_tiles
 from tests.core.test_selection import PARTS, as_lists, assert_selected, float64_scores, oracle
 
 FULL = Selection(topk=7, local_window=9, anchor_stride=16)
@@ -227,7 +227,7 @@ def test_tilings_agree(tile, digit, span, row_multiple, device, monkeypatch):
     num_keys, first_query = 420, 418
     index = integers(num_keys - first_query, num_keys, seed=9)
     rule = Selection(topk=100, local_window=5, anchor_stride=50)
-    monkeypatch.setattr(triton_selection_keye, "select_tile", lambda num_keys: (tile, 4))
+    monkeypatch.setattr(triton_selection_keye, "select_tile", lambda *_: (tile, 4))
     monkeypatch.setattr(triton_selection_keye, "DIGIT", digit)
     monkeypatch.setattr(triton_selection_keye, "SCORE_SPAN", span)
     monkeypatch.setattr(triton_selection_keye, "ROW_MULTIPLE", row_multiple)
@@ -287,7 +287,7 @@ def test_a_slot_on_the_device_selects_the_same(rule, padded, device):
 @pytest.mark.parametrize(("tile", "digit", "span", "slab"), [(64, 8, 64, 768), (256, 3, 1024, 7 * 2**20)])
 def test_tilings_agree_at_a_slot_on_the_device(tile, digit, span, slab, device, monkeypatch):
     """Several queries, in chunks of two where the slab is small."""
-    monkeypatch.setattr(triton_selection_keye, "select_tile", lambda num_keys: (tile, 4))
+    monkeypatch.setattr(triton_selection_keye, "select_tile", lambda *_: (tile, 4))
     monkeypatch.setattr(triton_selection_keye, "DIGIT", digit)
     monkeypatch.setattr(triton_selection_keye, "SCORE_SPAN", span)
     monkeypatch.setattr(triton_selection_keye, "SLAB_ELEMENTS", slab)
@@ -297,7 +297,7 @@ def test_tilings_agree_at_a_slot_on_the_device(tile, digit, span, slab, device, 
 
 def test_every_score_a_survivor(device, monkeypatch):
     """More survivors than one tile holds: all scores equal, so no peak excludes a group."""
-    monkeypatch.setattr(triton_selection_keye, "select_tile", lambda num_keys: (64, 4))
+    monkeypatch.setattr(triton_selection_keye, "select_tile", lambda *_: (64, 4))
     num_keys = 300
     index = torch.ones(1, 1, 2, 4), torch.ones(1, num_keys, 4), torch.ones(1, 1, 2)
     assert_equals_oracle(Selection(topk=200, local_window=0), index, num_keys, num_keys - 1, device)
@@ -426,14 +426,43 @@ def _ordered_bits_kernel(x_ptr, out_ptr, count, TILE: tl.constexpr):
 
 def test_ordered_bits_order_as_numbers(device):
     greatest = torch.finfo(torch.float32).max
-    numbers = [-greatest, -1.5, -1e-38, -1e-45, 0.0, 1e-45, 1e-38, 1.0, 1.5, greatest]
-    x = torch.tensor([*numbers, -0.0, math.nan, -math.inf, math.inf], device=device)
+    numbers = [-math.inf, -greatest, -1.5, -1e-38, -1e-45, 0.0, 1e-45, 1e-38, 1.0, 1.5, greatest]
+    x = torch.tensor(numbers, device=device)
     out = torch.empty(len(x), dtype=torch.int64, device=device)
     _ordered_bits_kernel[(1,)](x, out, len(x), TILE=16)
     bits = out.tolist()
-    assert bits[:10] == sorted(set(bits[:10]))
-    assert bits[10:] == [bits[4], bits[0], bits[0], bits[9]]
-    assert bits[0] == 0x00800000 and bits[9] == 0xFF7FFFFF
+    assert bits == sorted(set(bits)) and bits[0] == 0 and bits[1] == 1
+
+
+@jit
+def _kth_largest_kernel(x_ptr, out_ptr, count, k, slack, TILE: tl.constexpr, DIGIT: tl.constexpr):
+    lowest, highest, room = _kth_largest(x_ptr, x_ptr, count, k, slack, False, TILE, DIGIT)
+    tl.store(out_ptr, lowest.to(tl.int64))
+    tl.store(out_ptr + 1, highest.to(tl.int64))
+    tl.store(out_ptr + 2, room)
+
+
+@pytest.mark.parametrize("slack", [0, 5, 40])
+@pytest.mark.parametrize("kind", ["unrelated", "close", "rounded", "equal", "few"])
+def test_radix_select_stops_where_it_may(kind, slack, device):
+    """The interval holds the k-th largest, no more than `slack` too many, unless these are equal."""
+    k, count = 60, 300
+    x = torch.randn(count, device=device)
+    x = {"close": 1 + x * 1e-6, "rounded": x.round(), "equal": torch.ones_like(x)}.get(kind, x)
+    x[torch.randperm(count, device=device)[: 250 if kind == "few" else 20]] = -torch.inf
+    x += 0.0  # as the scoring kernel does
+    bits = torch.empty(512, dtype=torch.int64, device=device)
+    _ordered_bits_kernel[(1,)](x, bits, count, TILE=512)
+    bits = bits[:count][bits[:count] != 0]
+    out = torch.empty(3, dtype=torch.int64, device=device)
+    _kth_largest_kernel[(1,)](x, out, count, k, slack, TILE=128, DIGIT=6)
+    lowest, highest, room = out.tolist()
+    inside, above = (bits >= lowest) & (bits <= highest), bits > highest
+    if kind == "few":
+        assert len(bits) == 50 and room == k and bool(inside.all())
+        return
+    assert int(above.sum()) + room == k and 0 < room <= int(inside.sum())
+    assert int(inside.sum()) <= room + slack or len(bits[inside].unique()) == 1
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about machines without a device")
