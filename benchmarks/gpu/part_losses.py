@@ -26,6 +26,13 @@ def run(bench: Bench) -> None:
     flops = all_pairs * (heads * 4 * dim + 2 * 16 * 64)
     forward = bench.time("kl dense, value", lambda: dense_kl(*index, weights, q, k, SCALE), flops=flops, **shape)
     bench.goal("kl_forward", (dense_ms + forward) / dense_ms, dense=bar)
+    lse = torch.full((1, num_keys, heads), 20.0, device=bench.device)  # any number takes the same time
+    bench.time(
+        "kl dense, value, log-sum-exp given",
+        lambda: dense_kl(*index, weights, q, k, SCALE, lse=lse),
+        flops=flops - all_pairs * heads * 2 * dim,
+        **shape,
+    )
 
     grads = empty_gradients(*index)
     both = bench.time(
