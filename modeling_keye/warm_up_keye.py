@@ -16,8 +16,6 @@ from .sparse_reference_keye import forced_count
 from .triton_common_keye import multiprocessors
 from .triton_union_keye import MAX_UNIT
 
-# Longer rows get the large tile of the selection where there are few of them (`triton_selection_keye.select_tile`).
-_SHORT_ROWS = 2**15
 # Places of a list that is cut into parts when there is room, and of one that never is.
 _WIDE, _NARROW = 1024, 16
 
@@ -58,18 +56,16 @@ def _steps(config, device, dtype, training) -> list[tuple[str, Callable[[], None
     rule = selection_rule(config)
     if rule is None:
         return []
-    topk = rule["topk"]
     steps = []
     processors = multiprocessors(device)
-    lengths = {"whole": 4}  # fewer tokens than any rule keeps
-    if topk is not None:
+    calls = {"whole": (1, 4)}  # fewer tokens than any rule keeps
+    if rule["topk"] is not None:
         selective = _selective_length(**rule)
-        lengths |= {"short": selective, "long": max(selective, _SHORT_ROWS + 1)}
-    for name, num_keys in lengths.items():
+        calls |= {"few": (1, selective), "many": (processors + 1, selective)}  # rows of `select_tile`
+    for name, (batch, num_keys) in calls.items():
         for padded, at_slot in product((False, True), repeat=2):
             label = f"select, {name}{', padded' if padded else ''}{', in a graph' if at_slot else ''}"
-            num_queries = 2 if num_keys <= _SHORT_ROWS or name == "long" else 2 * processors
-            steps.append((label, partial(_select, config, rule, num_keys, num_queries, padded, at_slot, device, dtype)))
+            steps.append((label, partial(_select, config, rule, batch, num_keys, padded, at_slot, device, dtype)))
     attend = {"mla": _attend_latent, "gqa": _attend_grouped}[config.attention_type]
     for name, batch, num_queries, places in (
         ("decode", 1, 1, _WIDE),
@@ -89,22 +85,22 @@ def _selective_length(topk: int, local_window: int | None, anchor_stride: int | 
     return num_keys
 
 
-def _select(config, rule, num_keys, num_queries, padded, at_slot, device, dtype) -> None:
+def _select(config, rule, batch, num_keys, padded, at_slot, device, dtype) -> None:
     heads, dim = config.index_n_heads, config.index_head_dim
     scored = rule["topk"] is not None
-    mask = torch.ones(1, num_keys, dtype=torch.bool, device=device) if padded else None
+    mask = torch.ones(batch, num_keys, dtype=torch.bool, device=device) if padded else None
     select_tokens(
-        torch.zeros(1, num_queries, heads, dim, dtype=dtype, device=device) if scored else None,
-        torch.zeros(1, num_keys, dim, dtype=dtype, device=device) if scored else None,
-        torch.zeros(1, num_queries, heads, device=device) if scored else None,
+        torch.zeros(batch, 1, heads, dim, dtype=dtype, device=device) if scored else None,
+        torch.zeros(batch, num_keys, dim, dtype=dtype, device=device) if scored else None,
+        torch.zeros(batch, 1, heads, device=device) if scored else None,
         **rule,
-        batch_size=1,
-        num_queries=num_queries,
-        query_offset=num_keys - num_queries,
+        batch_size=batch,
+        num_queries=1,
+        query_offset=num_keys - 1,
         key_mask=mask,
         width=num_keys,
         device=device,
-        slot=torch.full((), num_keys - num_queries, device=device) if at_slot else None,
+        slot=torch.full((), num_keys - 1, device=device) if at_slot else None,
     )
 
 

@@ -102,13 +102,14 @@ def score_tiles(heads: int, dim: int, dtype: torch.dtype, shared: int) -> ScoreT
     return ScoreTiles(columns // heads_block, heads_block, dim_block, keys, num_warps=4, num_stages=num_stages)
 
 
-def select_tile(num_keys: int, rows: int, processors: int) -> tuple[int, int]:
-    """(entries per tile, warps) of the row kernel: one tile holds the peaks of 32K keys, or those of 64K.
+def select_tile(rows: int, processors: int) -> tuple[int, int]:
+    """(entries per tile, warps) of the row kernel for so many rows.
 
-    Two programs of eight warps share a multiprocessor, and one works while the other waits. Where there are too few
-    rows for that, long ones get sixteen warps.
+    With one row for each multiprocessor at most, as in decoding and for long prompts (the slab holds 56 rows of 128K),
+    all warps that a program can have work on it. Else two programs of eight warps share a multiprocessor, and one works
+    while the other waits.
     """
-    return (4096, 16) if num_keys > 2048 * GROUP and rows < 2 * processors else (2048, 8)
+    return (4096, 32) if rows <= processors else (2048, 8)
 
 
 @jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICES)
@@ -608,7 +609,7 @@ def _select(
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )
-        tile, num_warps = select_tile(query_offset + num_queries, sequences * count, processors)
+        tile, num_warps = select_tile(sequences * count, processors)
         _select_kernel[(sequences * count,)](
             scores,
             peaks,

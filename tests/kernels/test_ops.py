@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_keye import ops_keye, sparse_attention_keye, sparse_reference_keye, triton_common_keye, warm_up_keye
+from modeling_keye import (
+    ops_keye,
+    sparse_attention_keye,
+    sparse_reference_keye,
+    triton_common_keye,
+    triton_selection_keye,
+    warm_up_keye,
+)
 from modeling_keye.configuration_keye import KeyeTextConfig
 from modeling_keye.indexer_objective_keye import IndexerLoss
 from modeling_keye.sparse_attention_keye import Selection, gqa_backend, mla_backend, resolve_backend, selection_backend
@@ -286,12 +293,13 @@ COMMON = {"hidden_size": 32, "vocab_size": 8, "num_hidden_layers": 1, "mlp_layer
 @pytest.mark.parametrize("kind", TINY)
 def test_warm_up_runs(kind, device, monkeypatch):
     """In the interpreter nothing is compiled, but every step of the warm-up is a valid call."""
-    monkeypatch.setattr(warm_up_keye, "_SHORT_ROWS", 64)
+    for file in (warm_up_keye, triton_selection_keye):
+        monkeypatch.setattr(file, "multiprocessors", lambda device: 3)
     monkeypatch.setattr(warm_up_keye, "_WIDE", 48)
     monkeypatch.setattr(warm_up_keye, "MAX_UNIT", 4)
     config = KeyeTextConfig(**COMMON, **TINY[kind], index_topk=4, local_window=2, anchor_stride=8)
     seconds = warm_up_keye.warm_up(config, device, torch.float32, training=True)
-    assert {"select, short", "select, long, padded", "decode", "prefill"} <= set(seconds)
+    assert {"select, few", "select, many, padded", "decode", "prefill"} <= set(seconds)
     assert all(value > 0 for value in seconds.values())
 
 
