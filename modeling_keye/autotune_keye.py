@@ -198,6 +198,8 @@ def _sizes(record: dict) -> tuple:
 def _blocks(record: dict):
     """The blocks of a record. Raises `ValueError` where it holds what its kernel does not allow."""
     own = own_choice(record["kernel"], _sizes(record))
+    if set(record["blocks"]) != set(asdict(own)):
+        raise ValueError(f"{record['kernel']} has blocks of {', '.join(asdict(own))}")
     for field, value in record["blocks"].items():
         chosen = getattr(own, field, None)
         allowed = (chosen, *OPTIONS[record["kernel"]].get(field, ()))

@@ -269,7 +269,7 @@ def _forward(
             )
 
     if joined:
-        for union in unions(indices, num_keys, tiles.queries):
+        for union in unions(indices, num_keys, tiles.queries, k.shape[1]):
             strides = (0, union.positions.stride(0), 1)
             launch(
                 union.first,

@@ -78,8 +78,8 @@ def head_tiles(width: int, element_size: int, shared: int) -> Tiles:
     if width > 256 and not hopper:  # operands of wider tiles would not fit the registers
         blocks = [pair for pair in blocks if pair[1] <= 32]
     rows, keys = first_fitting(blocks, size, shared)
-    # With two stages a head is waited for as soon as it is asked for.
-    ahead = hopper and size(rows, keys, 3) <= shared - SLACK
+    # With two stages a head is waited for as soon as it is asked for. Widths that are read in two parts have no room.
+    ahead = hopper and width == triton.next_power_of_2(width) and size(rows, keys, 3) <= shared - SLACK
     return Tiles(rows, keys, 8 if keys == 128 or element_size > 2 else 4, 3 if ahead else 2)
 
 

@@ -94,12 +94,12 @@ def score_tiles(heads: int, latent: int, width: int, element_size: int, shared: 
 
 @tunable(
     "mla_backward_rows",
+    apart=(False, True),
     swapped=(False, True),
     places=(32, 64),
     columns=(64, 128),
     num_warps=(4, 8),
     num_stages=(1, 2, 3),
-    apart=(False, True),
 )
 def row_tiles(heads: int, width: int, element_size: int, shared: int) -> RowTiles:
     """Blocks for `heads` heads of `width` columns that fit `shared` bytes; no length enters."""

@@ -61,12 +61,12 @@ class Tiles:
 
 @tunable(
     "mla_forward",
+    ahead=(False, True),
     heads=(16, 32, 64),
     swapped=(False, True),
     places=(32, 64),
     num_warps=(4, 8),
     num_stages=(1, 2, 3),
-    ahead=(False, True),
 )
 def forward_tiles(heads: int, latent: int, width: int, element_size: int, shared: int) -> Tiles:
     """Blocks for `heads` heads, padded sizes `latent` and `width`, that fit `shared` bytes; no length enters.

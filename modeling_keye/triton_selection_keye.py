@@ -6,10 +6,10 @@ Scores follow eq. 1 of the DeepSeek-V3.2-Exp report. A chunk of queries takes tw
 1. `_score_kernel` multiplies tiles of keys with (queries x heads), sums the heads in registers and stores one float32
    per (query, key), and the peak of every GROUP neighbouring keys. -inf marks what the indexer must not choose:
    future, padding, window, anchors.
-2. `_select_kernel`, one program per query, finds the k-th largest peak. At least k scores reach it, so everything below
-   is out, and only groups that reach it are read again: for unrelated scores of 128K keys a quarter of the row, where
-   about 1.2 k keys survive. A radix select among the survivors gives the exact k-th score and how many of its equals
-   still fit; a last pass emits slots in ascending order. Nothing is sorted, no atomics, so repeats are bit-equal.
+2. `_select_kernel`, one program per query, finds a number that at least k peaks reach, and few more. Everything below
+   is out, and only groups that reach it are read again: for unrelated scores of 128K keys a quarter of the row. A radix
+   select among the survivors gives an interval: what lies above it is kept, and the first of what lies inside. A last
+   pass emits slots in ascending order. Nothing is sorted, no atomics, so repeats are bit-equal.
 
 Where a query keeps everything it sees, and without an indexer, `_enumerate_kernel` writes the slots and nothing is
 scored. In a static cache the kernels may read the slot of the first query from the device: grids and workspace are then
@@ -38,6 +38,7 @@ from .triton_common_keye import (
     triton,
     within_32_bits,
 )
+from .triton_gather_keye import SLACK
 from .triton_tuning_keye import tunable
 
 # Scores of one chunk: 28 MiB, so that they stay in an H100's L2. The list of survivors is as long, and peaks and groups
@@ -84,16 +85,18 @@ def score_tiles(heads: int, dim: int, dtype: torch.dtype, shared: int) -> ScoreT
     # float32 multiplies without tensor cores and needs the registers for its operands.
     columns, keys = (SCORE_COLUMNS, ROW_MULTIPLE) if dtype.itemsize == 2 else (32, 32)
     columns = max(columns, heads_block)
-    # Three programs share a multiprocessor: while one waits for the tensor cores, others reduce. With two stages each
-    # would wait for keys as soon as it has asked for them.
     num_stages = 3
 
     def need() -> int:
         return (columns + num_stages * keys) * dim_block * dtype.itemsize
 
+    # Three programs share a multiprocessor: while one waits for the tensor cores, others reduce. With two stages each
+    # waits for keys as soon as it has asked for them, but that is better than one program less.
+    if 3 * (need() + SLACK) > shared:
+        num_stages = 2
     available = shared - 8 * 1024  # layout changes of the epilogue take up to 8 KiB
     while need() > available and keys > GROUP:
-        keys, num_stages = (keys, 2) if num_stages > 2 else (keys // 2, 2)
+        keys //= 2
     if need() > available:
         raise ValueError(
             f"An indexer of {heads} heads of {dim} in {dtype} does not fit the device's {shared // 1024} KiB of shared "
@@ -169,8 +172,8 @@ def _score_kernel(
         begin = tl.maximum(begin, start // BLOCK_KEYS * BLOCK_KEYS)
 
     o_columns = tl.arange(0, BLOCK_QUERIES * BLOCK_HEADS)
-    # A thread of a matrix product holds neighbouring columns of every group of eight: with the queries innermost these
-    # are the heads of two queries, and the sum over heads needs no other thread.
+    # A thread of a matrix product holds two neighbouring columns of every eight. With the queries innermost, and at
+    # least eight of them, these are all heads of two queries, and their sum needs no other thread.
     column_queries = i_block * BLOCK_QUERIES + o_columns % BLOCK_QUERIES
     column_heads = o_columns // BLOCK_QUERIES
     column_used = (column_queries < num_queries) & (column_heads < HEADS)

@@ -269,7 +269,7 @@ def backward(
                 num_stages=tiles.num_stages,
             )
 
-    for union in unions(indices, num_keys, tiles.queries):
+    for union in unions(indices, num_keys, tiles.queries, groups):
         if not torch.are_deterministic_algorithms_enabled():
             launch(union, 0, union.count, grad_k, grad_v, 0)
             continue

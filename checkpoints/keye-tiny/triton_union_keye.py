@@ -10,6 +10,7 @@ Sizes: B batch, S queries, T keys, K places of a list, U places of a union, U <=
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -111,16 +112,22 @@ def _collect_kernel(
     tl.store(ends_ptr + i_unit, 0)
 
 
-def unions(indices: torch.Tensor, num_keys: int, queries: int) -> Iterator[Union]:
-    """A `Union` per chunk of units of `queries` queries of indices [B, S, K]; the next one reuses its tensors."""
+def unions(indices: torch.Tensor, num_keys: int, queries: int, groups: int) -> Iterator[Union]:
+    """A `Union` per chunk of units of `queries` queries of indices [B, S, K]; the next one reuses its tensors.
+
+    The caller makes `groups` programs of each unit.
+    """
     batch, num_queries, num_places = indices.shape
     units = triton.cdiv(num_queries, queries)
     row = max(1, triton.cdiv(num_keys, _COLLECT_BLOCK)) * _COLLECT_BLOCK
     width = triton.cdiv(max(1, min(num_keys, queries * num_places)), 128) * 128
     device = indices.device
     chunk, processors = max(1, UNION_BYTES // (4 * row + 8 * width)), multiprocessors(indices.device)
-    if chunk > processors:  # whole rounds: a last one of few programs takes as long as a full one
-        chunk -= chunk % processors
+    # Whole rounds of programs, here or at least at the caller: a last one of few takes as long as a full one.
+    for whole in (processors, processors // math.gcd(processors, groups)):
+        if chunk >= whole:
+            chunk -= chunk % whole
+            break
     chunk = min(batch * units, chunk)
     words = torch.zeros(chunk, row, dtype=torch.int32, device=device)
     ends = torch.zeros(chunk, dtype=torch.int32, device=device)

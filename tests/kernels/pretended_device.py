@@ -29,7 +29,19 @@ _READS = (
     torch.Tensor.__float__,
     torch.Tensor.__index__,
 )
-_READING = (_aten._local_scalar_dense.default, _aten.equal.default, _aten.masked_select.default)
+# Operations whose result, or its size, the host has to know.
+_READING = (
+    "_local_scalar_dense",
+    "_unique2",
+    "allclose",
+    "bincount",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "nonzero",
+    "unique_consecutive",
+    "unique_dim",
+)
 
 
 class OnDevice(torch.Tensor):
@@ -83,7 +95,12 @@ def _run(func, args, kwargs):
     elif len(elsewhere) < len(tensors):
         if any(x.dim() > 0 for x in elsewhere):  # numbers may come from the host
             raise RuntimeError(f"{func.name()}: operands on two devices, {[tuple(x.shape) for x in tensors]}")
-        if func in _READING:
+        name = func.name().removeprefix("aten::").split(".")[0]
+        masks = name in ("index", "index_put", "index_put_") and any(
+            x.dtype in (torch.bool, torch.uint8) for x in args[1] if x is not None
+        )
+        sized_by_values = func is _aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
+        if name in _READING or masks or sized_by_values:
             _note(func.name())
     plain_args, plain_kwargs = tree_map_only(OnDevice, _held, (args, kwargs))
     if func is _aten.histc.default and not plain_args[0].is_floating_point():  # counts integers on devices alone

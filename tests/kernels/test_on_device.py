@@ -1,5 +1,7 @@
 """What only a CUDA device can show: captured graphs, compiled steps, warm-up, several devices' limits."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -123,17 +125,13 @@ def test_captured_gradients_follow_their_inputs(kind, deterministically):
         place = {"batch_size": 1, "num_queries": 64, "query_offset": KEYS - 64}
         indices = sparse_attention_keye.select_tokens(Selection(PLACES), *index, **place)
         leaves = [x.requires_grad_() for x in (latent if kind == "mla" else grouped)]
-        attend, sizes = (
-            (sparse_attention_keye.sparse_mla, (SCALE, 512))
-            if kind == "mla"
-            else (
-                sparse_attention_keye.sparse_gqa,
-                (SCALE,),
-            )
-        )
+        if kind == "mla":
+            attend = partial(sparse_attention_keye.sparse_mla, indices=indices, scaling=SCALE, value_dim=512)
+        else:
+            attend = partial(sparse_attention_keye.sparse_gqa, indices=indices, scaling=SCALE)
 
         def gradients():
-            out, _ = attend(*leaves, indices, *sizes)
+            out, _ = attend(*leaves)
             return torch.autograd.grad(out.float().square().sum(), leaves)
 
         stream = torch.cuda.Stream()

@@ -86,3 +86,29 @@ def test_operands_on_two_devices_are_an_error():
         assert (here + torch.tensor(1)).is_cuda and reads == []
         assert here.tolist() == [0, 1, 2] and len(reads) == 1
         assert not here.cpu().is_cuda and len(reads) == 2
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: torch.where(x > 0),
+        lambda x: torch.argwhere(x),
+        lambda x: torch.nonzero(x),
+        lambda x: x.unique(),
+        lambda x: x.unique_consecutive(),
+        lambda x: x.repeat_interleave(x),
+        lambda x: torch.bincount(x),
+        lambda x: x.masked_select(x > 0),
+        lambda x: x[x > 0],
+        lambda x: x.index_put((x > 0,), x.sum()),
+        lambda x: torch.equal(x, x),
+        lambda x: torch.allclose(x, x),
+        lambda x: bool(x.any()),
+    ],
+)
+def test_what_waits_for_the_device_is_noted(operation):
+    with pretended_device() as reads:
+        here = torch.arange(3, device="cuda")
+        reads.clear()
+        operation(here)
+        assert reads

@@ -259,7 +259,7 @@ def test_unions_reproduce_the_lists(queries, units_per_chunk, device, monkeypatc
     monkeypatch.setattr(triton_union_keye, "UNION_BYTES", units_per_chunk * (4 * 4096 + 8 * width))
     units = -(-num_queries // queries)
     seen = 0
-    for union in triton_union_keye.unions(indices, rows, queries):
+    for union in triton_union_keye.unions(indices, rows, queries, 1):
         assert union.first == seen and union.count <= units_per_chunk
         seen += union.count
         for i in range(union.count):
@@ -277,7 +277,7 @@ def test_unions_reproduce_the_lists(queries, units_per_chunk, device, monkeypatc
 def test_unions_over_several_blocks_of_keys(device):
     """The ends of the collecting loop: rows around its block of 4096, and the last one."""
     indices = torch.tensor([[0, 4095, 4096, 8191], [4095, 8192, 8999, -1]], dtype=torch.int32, device=device)[None]
-    (union,) = triton_union_keye.unions(indices, 9000, 2)
+    (union,) = triton_union_keye.unions(indices, 9000, 2, 1)
     assert union.positions[0, :6].tolist() == [0, 4095, 4096, 8191, 8192, 8999]
     assert union.members[0, :6].tolist() == [1, 3, 1, 1, 2, 2] and int(union.sizes[0]) == 6
 
@@ -308,9 +308,26 @@ def test_deterministic_gradients_are_bit_equal(device, monkeypatch):
     check(first, judge(inputs, indices, grad_out), 1e-4)
 
 
+@pytest.mark.parametrize(("room", "groups", "chunk"), [(9, 2, 6), (7, 2, 6), (5, 2, 3), (5, 4, 3), (2, 2, 2)])
+def test_chunks_of_units_are_whole_rounds(room, groups, chunk, device, monkeypatch):
+    """Of units on six multiprocessors, else of the programs that the caller makes of them."""
+    monkeypatch.setattr(triton_union_keye, "multiprocessors", lambda device: 6)
+    monkeypatch.setattr(triton_union_keye, "UNION_BYTES", room * (4 * 4096 + 8 * 128))
+    indices = lists(1, 40, 100, 5, device)
+    assert next(triton_union_keye.unions(indices, 100, 2, groups)).count == chunk
+
+
+def test_a_capture_asks_the_device_for_nothing(monkeypatch):
+    class OnDevice:
+        is_cuda = True
+
+    union = triton_union_keye.Union(0, 3, torch.empty(5, 256), torch.empty(5, 256), OnDevice())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert triton_gqa_backward_keye._most_places(union) == 256
+
+
 @pytest.mark.usefixtures("deterministic")
-def test_a_capture_asks_the_device_for_nothing_and_changes_no_bit(device, monkeypatch):
-    """It reserves rows for unions as large as they could be."""
+def test_rows_for_the_largest_unions_change_no_bit(device, monkeypatch):
     inputs = make(2, 20, 30, 16, 2, 32, 16, torch.float32, device=device)
     indices = lists(2, 20, 30, 12, device)
     grad_out = upstream(inputs)

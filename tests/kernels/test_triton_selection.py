@@ -463,6 +463,8 @@ def test_radix_select_stops_where_it_may(kind, slack, device):
         return
     assert int(above.sum()) + room == k and 0 < room <= int(inside.sum())
     assert int(inside.sum()) <= room + slack or len(bits[inside].unique()) == 1
+    if kind == "unrelated":  # the last digits are not looked at, and with some slack a whole bin is taken
+        assert highest - lowest >= 63 and (slack < 40 or int(inside.sum()) > room)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about machines without a device")
