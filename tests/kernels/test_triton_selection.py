@@ -442,7 +442,7 @@ def _kth_largest_kernel(x_ptr, out_ptr, count, k, slack, TILE: tl.constexpr, DIG
     tl.store(out_ptr + 2, room)
 
 
-@pytest.mark.parametrize("slack", [0, 5, 40])
+@pytest.mark.parametrize("slack", [0, 5, 200])
 @pytest.mark.parametrize("kind", ["unrelated", "close", "rounded", "equal", "few"])
 def test_radix_select_stops_where_it_may(kind, slack, device):
     """The interval holds the k-th largest, no more than `slack` too many, unless these are equal."""
@@ -464,7 +464,7 @@ def test_radix_select_stops_where_it_may(kind, slack, device):
     assert int(above.sum()) + room == k and 0 < room <= int(inside.sum())
     assert int(inside.sum()) <= room + slack or len(bits[inside].unique()) == 1
     if kind == "unrelated":  # the last digits are not looked at, and with some slack a whole bin is taken
-        assert highest - lowest >= 63 and (slack < 40 or int(inside.sum()) > room)
+        assert highest - lowest >= 63 and (slack < 200 or int(inside.sum()) > room)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about machines without a device")
