@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from .indexer_objective_keye import IndexerLoss, caught_mass, query_weights
@@ -28,7 +29,7 @@ from .sparse_eager_keye import eager_attention, eager_objective, eager_selection
 
 # Queries per selection and attention step: bounds the absorbed queries and the index list of one step.
 _QUERY_STEP = 512
-# Largest expanded key/value tensor, in elements, for which dense MLA expands the latents instead of absorbing.
+# Largest expanded key tensor, in elements: dense MLA over more expands the latents of some heads at a time.
 _MAX_EXPANDED_ELEMENTS = 2**27
 # The share of the attention that a selection catches is measured on this many runs of neighbouring queries.
 _RECALL_RUNS, _RECALL_RUN = 4, 8
@@ -214,7 +215,8 @@ class KeyeAttention(nn.Module):
     """What MLA and GQA share: the indexer and its loss, the cache, and the split into dense and sparse queries.
 
     The two kinds differ in `project`, `expand`, `attend_dense` and `attend_sparse`; the last two also return what their
-    scores were made of, queries [B, n, H, D] and keys [B, G, T, D], which `score_operands` gives for any queries.
+    scores were made of, queries [B, n, H, D] and keys [B, G, T, D], which `score_operands` gives for any queries;
+    `attend_dense` returns None where it never has them all.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -320,7 +322,7 @@ class KeyeAttention(nn.Module):
             output, scored = self.attend_dense(queries[:, :num_dense], keys, query_offset, mask)
             outputs.append(output)
             if loss is not None:
-                loss.add_dense(0, *scored, self.scaling)
+                loss.add_dense(0, *(scored or self.score_operands(queries[:, :num_dense], keys)), self.scaling)
         for begin in range(num_dense, num_queries, _QUERY_STEP):
             end = min(begin + _QUERY_STEP, num_queries)
             selected = self._select(index, batch, begin, end, query_offset, key_mask, queries.device)
@@ -503,29 +505,34 @@ class KeyeLatentAttention(KeyeAttention):
         return torch.einsum("bshc,hvc->bshv", out, w_uv), (absorbed, rows), lse
 
     def attend_dense(self, queries, states, query_offset, key_mask):
-        batch, num_queries = queries.shape[:2]
+        batch, num_queries, heads = queries.shape[:3]
         num_keys = states[0].shape[2]
-        expanded = batch * num_keys * queries.shape[2] * (self.nope_dim + self.rope_dim)
+        place = {"scaling": self.scaling, "query_offset": query_offset, "key_mask": key_mask}
         # Expanding costs C (nope + value) per key and saves this much per query and key.
         saved = 2 * self.kv_lora_rank - self.nope_dim - self.value_dim
-        pays = num_queries * saved > self.kv_lora_rank * (self.nope_dim + self.value_dim)
-        if not pays or expanded > _MAX_EXPANDED_ELEMENTS:
+        if num_queries * saved <= self.kv_lora_rank * (self.nope_dim + self.value_dim):
             w_uk, w_uv = self._up_projections(queries)
             absorbed, rows = self._absorb(queries, w_uk), states[0]
-            out = dense_latent_attention(
-                absorbed,
-                rows.squeeze(1),
-                scaling=self.scaling,
-                value_dim=self.kv_lora_rank,
-                query_offset=query_offset,
-                key_mask=key_mask,
-            )
+            out = dense_latent_attention(absorbed, rows.squeeze(1), value_dim=self.kv_lora_rank, **place)
             return torch.einsum("bshc,hvc->bshv", out, w_uv), (absorbed, rows)
-        keys, values = self.expand(states)
-        out = dense_attention(
-            queries.transpose(1, 2), keys, values, scaling=self.scaling, query_offset=query_offset, key_mask=key_mask
-        )
-        return out, (queries, keys)
+        at_once = _MAX_EXPANDED_ELEMENTS // (batch * num_keys * (self.nope_dim + self.rope_dim))
+        if at_once >= heads:
+            keys, values = self.expand(states)
+            return dense_attention(queries.transpose(1, 2), keys, values, **place), (queries, keys)
+        w_uk, w_uv = self._up_projections(queries)
+        attend = partial(self._attend_expanded, rows=states[0].squeeze(1), **place)
+        if torch.is_grad_enabled():  # what is expanded is made again in backward, not kept
+            attend = partial(checkpoint, attend, use_reentrant=False)
+        at_once = max(1, at_once)
+        parts = [slice(begin, begin + at_once) for begin in range(0, heads, at_once)]
+        return torch.cat([attend(queries[:, :, part], w_uk[part], w_uv[part]) for part in parts], dim=2), None
+
+    def _attend_expanded(self, queries, w_uk, w_uv, rows, **place):
+        """Dense attention of some heads: queries [B, S, h, nope + R], rows [B, T, C + R] -> [B, S, h, value]."""
+        latent, k_rope = rows.split([self.kv_lora_rank, self.rope_dim], dim=-1)
+        k_nope, values = (torch.einsum("btc,hdc->bhtd", latent, weight) for weight in (w_uk, w_uv))
+        keys = torch.cat([k_nope, k_rope.unsqueeze(1).expand(-1, k_nope.shape[1], -1, -1)], dim=-1)
+        return dense_attention(queries.transpose(1, 2), keys, values, **place)
 
 
 class KeyeGroupedAttention(KeyeAttention):

@@ -418,16 +418,36 @@ def test_dense_error_is_at_most_that_of_plain_code(kind, dtype):
     assert (out.double() - exact).abs().max() <= allowed
 
 
-def test_absorbed_and_expanded_dense_paths_agree(monkeypatch):
-    """Dense MLA expands short caches and absorbs long ones; the result is the same."""
+@pytest.mark.parametrize("heads", [1, 2])  # of three
+def test_dense_latents_expanded_for_some_heads_at_a_time(heads, monkeypatch):
+    """Long prompts are expanded in parts, in training again in backward: the same logits and gradients."""
     from tests.model.factories import text_ids, tiny_model
 
     model = tiny_model("mla_dense", dtype=torch.float64, mlp_layer_types=["dense"] * 3)
-    with torch.no_grad():
-        expanded = model(text_ids(2, 60)).logits
-        monkeypatch.setattr(attention_keye, "_MAX_EXPANDED_ELEMENTS", 0)
-        absorbed = model(text_ids(2, 60)).logits
-    torch.testing.assert_close(absorbed, expanded, atol=1e-10, rtol=0)
+    config, ids = model.config.text_config, text_ids(2, 60)
+    seen = []
+
+    def attend(q, *rest, **place):
+        seen.append(q.shape[1])
+        return dense_attention(q, *rest, **place)
+
+    monkeypatch.setattr(attention_keye, "dense_attention", attend)
+
+    def run():
+        model.zero_grad()
+        seen.clear()
+        logits = model(ids).logits
+        logits.square().mean().backward()
+        return logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)
+
+    whole = run()
+    assert set(seen) == {config.num_attention_heads}
+    per_head = 2 * 60 * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    monkeypatch.setattr(attention_keye, "_MAX_EXPANDED_ELEMENTS", heads * per_head)
+    parts = run()
+    assert max(seen) == heads
+    for found, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from modeling_keye import KeyeConfig
+from modeling_keye import KeyeConfig, attention_keye
 from modeling_keye.attention_keye import KeyeAttention
 from tests.core.test_memory import Watch
 from tests.model.conftest import fresh_model, media_inputs
@@ -110,6 +110,15 @@ def test_the_loss_equals_that_of_the_dense_mask(kind, stage, side):
     outputs = [model(**inputs, use_cache=False) for model in models]
     torch.testing.assert_close(outputs[0].indexer_loss, outputs[1].indexer_loss, rtol=1e-5, atol=0)
     check_same(*(of_indexer(gradients(model, inputs)) for model in models), rtol=1e-4, atol=1e-7)
+
+
+def test_the_warmup_of_a_long_prompt_is_that_of_a_short_one(monkeypatch):
+    """Where latents are expanded for one head at a time, the loss takes them as they are."""
+    model = learner("mla", "warmup", dtype=torch.float64, mlp_layer_types=["dense"] * 3)
+    inputs = batch("left")
+    expected = gradients(model, inputs)
+    monkeypatch.setattr(attention_keye, "_MAX_EXPANDED_ELEMENTS", 0)
+    check_same(gradients(model, inputs), expected, rtol=0, atol=1e-10)
 
 
 def test_the_gradient_is_that_of_the_loss_in_the_output(kind):
