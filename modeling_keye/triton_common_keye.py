@@ -108,6 +108,24 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+class Launches:
+    """Launches of one kernel in a row, of which only numbers change that it is not specialised on.
+
+    Triton looks at types, alignments and constants for the first of them alone. That takes tens of microseconds, as
+    long as a short kernel. `constants` are the last parameters of the kernel, in its order.
+    """
+
+    def __init__(self, kernel, constants: dict, **options):
+        self._kernel, self._constants, self._options = kernel, constants, options
+        self._compiled = None
+
+    def __call__(self, programs: int, *arguments) -> None:
+        if self._compiled is None:  # and remains so in the interpreter
+            self._compiled = self._kernel[(programs,)](*arguments, **self._constants, **self._options)
+        else:
+            self._compiled[(programs, 1, 1)](*arguments, *self._constants.values())
+
+
 @jit
 def ordered_bits(x):
     """float32 without NaN and -0 -> uint32 that compare as the numbers do, 0 for -inf."""

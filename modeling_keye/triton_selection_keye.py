@@ -28,6 +28,7 @@ import torch
 
 from .sparse_reference_keye import forced_count
 from .triton_common_keye import (
+    Launches,
     jit,
     multiprocessors,
     on_device,
@@ -56,7 +57,8 @@ DIGIT = 6
 ENUMERATE_TILE = 1024
 # What changes from call to call must not compile a kernel anew: these numbers, and the alignment of these slices.
 _VARYING = [
-    *("num_queries", "num_blocks", "num_spans", "first_slot", "topk", "local_window", "anchor_stride", "width"),
+    *("first_batch", "first_query", "num_queries", "num_blocks", "num_spans", "first_slot"),
+    *("topk", "local_window", "anchor_stride", "width"),
     *("w_stride_b", "mask_stride_b", "out_stride_b", "out_stride_s"),
 ]
 _SLICES = ["weights_ptr", "mask_ptr", "start_ptr", "slot_ptr", "out_ptr"]
@@ -117,14 +119,16 @@ def select_tile(rows: int, processors: int) -> tuple[int, int]:
 
 @jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICES)
 def _score_kernel(
-    q_ptr,  # [batch, S, HEADS, DIM]
-    k_ptr,  # [batch, T, DIM]
-    weights_ptr,  # [batch, S, HEADS]
-    mask_ptr,  # uint8 [batch, T], 1 at real tokens
-    start_ptr,  # int32 [batch], the first real token
+    q_ptr,  # [B, S, HEADS, DIM]
+    k_ptr,  # [B, T, DIM]
+    weights_ptr,  # [B, S, HEADS]
+    mask_ptr,  # uint8 [B, T], 1 at real tokens
+    start_ptr,  # int32 [B], the first real token
     slot_ptr,  # int64 [], with HAS_SLOT what is added to `first_slot`
-    scores_ptr,  # float32 [batch * num_queries, row_stride]
-    peaks_ptr,  # float32 [batch * num_queries, row_stride // GROUP]
+    scores_ptr,  # float32 [sequences * num_queries, row_stride]
+    peaks_ptr,  # float32 [sequences * num_queries, row_stride // GROUP]
+    first_batch,
+    first_query,
     num_queries,
     num_blocks,
     num_spans,
@@ -160,7 +164,8 @@ def _score_kernel(
     # Programs that share a span of keys are neighbours, so that its keys come from the L2 cache.
     i_block = tl.program_id(0) % num_blocks
     i_span = (tl.program_id(0) // num_blocks) % num_spans
-    i_batch = (tl.program_id(0) // num_blocks // num_spans).to(tl.int64)
+    i_local = (tl.program_id(0) // num_blocks // num_spans).to(tl.int64)
+    i_batch = first_batch + i_local
     if HAS_SLOT:
         first_slot += tl.load(slot_ptr).to(tl.int32)
     last_slot = first_slot + tl.minimum((i_block + 1) * BLOCK_QUERIES, num_queries) - 1
@@ -178,19 +183,20 @@ def _score_kernel(
     column_heads = o_columns // BLOCK_QUERIES
     column_used = (column_queries < num_queries) & (column_heads < HEADS)
     o_dim = tl.arange(0, BLOCK_DIM)
-    q_rows = i_batch * q_stride_b + column_queries.to(tl.int64) * q_stride_s + column_heads * q_stride_h
+    o_wide = (first_query + column_queries).to(tl.int64)
+    q_rows = i_batch * q_stride_b + o_wide * q_stride_s + column_heads * q_stride_h
     b_q = tl.load(
         q_ptr + q_rows[:, None] + o_dim[None, :] * q_stride_d,
         mask=column_used[:, None] & (o_dim[None, :] < DIM),
         other=0.0,
     ).to(DOT)  # [columns, BLOCK_DIM]
-    w_rows = i_batch * w_stride_b + column_queries.to(tl.int64) * w_stride_s + column_heads * w_stride_h
+    w_rows = i_batch * w_stride_b + o_wide * w_stride_s + column_heads * w_stride_h
     b_w = tl.load(weights_ptr + w_rows, mask=column_used, other=0.0).to(tl.float32)
 
     o_queries = i_block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     slots = first_slot + o_queries
     used = (o_queries < num_queries)[None, :]
-    rows = ((i_batch * num_queries + o_queries) * row_stride)[None, :]
+    rows = ((i_local * num_queries + o_queries) * row_stride)[None, :]
     oldest_in_window = first_slot + i_block * BLOCK_QUERIES - local_window
     for first in range(begin, end, BLOCK_KEYS):
         keys = first + tl.arange(0, BLOCK_KEYS)
@@ -292,14 +298,16 @@ def _kth_largest(
 
 @jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICES)
 def _select_kernel(
-    scores_ptr,  # float32 [batch * num_queries, row_stride]
-    peaks_ptr,  # float32 [batch * num_queries, row_stride // GROUP]
+    scores_ptr,  # float32 [sequences * num_queries, row_stride]
+    peaks_ptr,  # float32 [sequences * num_queries, row_stride // GROUP]
     groups_ptr,  # int32, scratch of the shape of peaks
     places_ptr,  # int32, scratch of the shape of scores
-    mask_ptr,  # uint8 [batch, T], 1 at real tokens
-    start_ptr,  # int32 [batch], the first real token
+    mask_ptr,  # uint8 [B, T], 1 at real tokens
+    start_ptr,  # int32 [B], the first real token
     slot_ptr,  # int64 [], with HAS_SLOT what is added to `first_slot`
-    out_ptr,  # int32 [batch, S, width]
+    out_ptr,  # int32 [B, S, width]
+    first_batch,
+    first_query,
     num_queries,
     first_slot,
     topk,
@@ -319,7 +327,7 @@ def _select_kernel(
 ):
     """The slots that one query keeps, out of its row of scores."""
     row = tl.program_id(0).to(tl.int64)
-    i_batch = row // num_queries
+    i_batch = first_batch + row // num_queries
     i_query = row % num_queries
     slot = first_slot + i_query.to(tl.int32)
     if HAS_SLOT:
@@ -332,7 +340,7 @@ def _select_kernel(
     places_ptr += row * row_stride
     peaks_ptr += row * (row_stride // GROUP)
     groups_ptr += row * (row_stride // GROUP)
-    out_ptr += i_batch * out_stride_b + i_query * out_stride_s
+    out_ptr += i_batch * out_stride_b + (first_query + i_query) * out_stride_s
 
     first_group = start // GROUP  # padding before it was not scored
     num_groups = slot // GROUP + 1 - first_group
@@ -568,73 +576,70 @@ def _select(
     peaks = torch.empty(size // GROUP, dtype=torch.float32, device=q.device)
     places = torch.empty(size, dtype=torch.int32, device=q.device)
     groups = torch.empty(size // GROUP, dtype=torch.int32, device=q.device)
-    window, stride = -1 if local_window is None else local_window, anchor_stride or 1
     mask_stride = 0 if mask is None else mask.stride(0)
-    processors = multiprocessors(q.device)
+    rule = (-1 if local_window is None else local_window, anchor_stride or 1)
     switches = {"HAS_MASK": mask is not None, "HAS_ANCHORS": anchor_stride is not None, "HAS_SLOT": slot is not None}
+    score = Launches(
+        _score_kernel,
+        {
+            "HEADS": heads,
+            "DIM": dim,
+            "BLOCK_QUERIES": tiles.queries,
+            "BLOCK_HEADS": tiles.heads,
+            "BLOCK_DIM": tiles.dim,
+            "BLOCK_KEYS": tiles.keys,
+            "SPAN": SCORE_SPAN,
+            "GROUP": GROUP,
+            **switches,
+            "DOT": operand_dtype(dtype),
+        },
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    select = {}
+    tensors, strides = (q, k, weights, mask, start, slot), (*q.stride(), *k.stride(), *weights.stride(), mask_stride)
+    processors, (out_stride_b, out_stride_s) = multiprocessors(q.device), out.stride()[:2]
     for b, sequences, begin, count in chunks:
-        part = slice(b, b + sequences), slice(begin, begin + count)
-        chunk_mask, chunk_start = (None, None) if mask is None else (mask[part[0]], start[part[0]])
+        num_keys = query_offset + begin + count
+        place = (b, begin, count)
         first_slot = begin if slot is not None else query_offset + begin
-        row_stride = _row_stride(query_offset + begin + count)
-        num_blocks = triton.cdiv(count, tiles.queries)
-        num_spans = triton.cdiv(query_offset + begin + count, SCORE_SPAN)
-        _score_kernel[(num_blocks * num_spans * sequences,)](
-            q[part],
-            k[part[0]],
-            weights[part],
-            chunk_mask,
-            chunk_start,
-            slot,
+        row_stride = _row_stride(num_keys)
+        num_blocks, num_spans = -(-count // tiles.queries), -(-num_keys // SCORE_SPAN)
+        score(
+            num_blocks * num_spans * sequences,
+            *tensors,
             scores,
             peaks,
-            count,
+            *place,
             num_blocks,
             num_spans,
             first_slot,
-            window,
-            stride,
-            *q.stride(),
-            *k.stride(),
-            *weights.stride(),
-            mask_stride,
+            *rule,
+            *strides,
             row_stride,
-            HEADS=heads,
-            DIM=dim,
-            BLOCK_QUERIES=tiles.queries,
-            BLOCK_HEADS=tiles.heads,
-            BLOCK_DIM=tiles.dim,
-            BLOCK_KEYS=tiles.keys,
-            SPAN=SCORE_SPAN,
-            GROUP=GROUP,
-            DOT=operand_dtype(dtype),
-            **switches,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
         )
-        tile, num_warps = select_tile(sequences * count, processors)
-        _select_kernel[(sequences * count,)](
+        shape = select_tile(sequences * count, processors)
+        if shape not in select:
+            tile, num_warps = shape
+            constants = {"GROUP": GROUP, "TILE": tile, "DIGIT": DIGIT, **switches}
+            select[shape] = Launches(_select_kernel, constants, num_warps=num_warps)
+        select[shape](
+            sequences * count,
             scores,
             peaks,
             groups,
             places,
-            chunk_mask,
-            chunk_start,
+            mask,
+            start,
             slot,
-            out[part],
-            count,
+            out,
+            *place,
             first_slot,
             topk,
-            window,
-            stride,
+            *rule,
             width,
             mask_stride,
             row_stride,
-            out.stride(0),
-            out.stride(1),
-            GROUP=GROUP,
-            TILE=tile,
-            DIGIT=DIGIT,
-            **switches,
-            num_warps=num_warps,
+            out_stride_b,
+            out_stride_s,
         )
