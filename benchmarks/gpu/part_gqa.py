@@ -10,12 +10,13 @@ from benchmarks.gpu import peers
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.lists import indexer, lists, union_factor
 from benchmarks.gpu.part_selection import pairs, select
+from modeling_keye.configuration_keye import KeyeTextConfig
 from modeling_keye.ops_keye import sparse_gqa
 from modeling_keye.sparse_attention_keye import Selection
 
 SCALE = 128**-0.5
-# A prefill's attention runs in steps of this many queries, as the decoder's does.
-STEP = 8192
+# A prefill's attention runs in steps of this many queries: the decoder's chunks.
+STEP = KeyeTextConfig.prefill_chunk_tokens
 
 
 def heads_of(bench: Bench) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from modeling_keye import attention_keye
 from modeling_keye.triton_common_keye import INTERPRETED
 from tests.kernels.pretended_device import DEVICE, OnDevice, pretended_device
 from tests.model.conftest import media_inputs
@@ -76,6 +77,24 @@ def test_packed_sequences():
     with pretended_device():
         found = model.to(DEVICE)(ids.to(DEVICE), position_ids=positions.to(DEVICE)).logits
     torch.testing.assert_close(found.held, wanted, atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_a_chunk_of_grouped_queries_is_one_step(monkeypatch):
+    """Units of neighbouring queries share a program, so short steps would leave multiprocessors without one."""
+    ids = text_ids(1, 600)
+    called = []
+
+    def select(*arguments, num_queries, **place):
+        called.append(num_queries)
+        raise StopIteration
+
+    monkeypatch.setattr(attention_keye, "select_tokens", select)
+    with pretended_device(), pytest.raises(StopIteration):
+        two_layers("gqa").to(DEVICE)(ids.to(DEVICE))
+    with pytest.raises(StopIteration):
+        two_layers("gqa")(ids)
+    assert called[0] > 512 == called[1]
 
 
 def test_operands_on_two_devices_are_an_error():
