@@ -68,6 +68,15 @@ def add_weighted(b_sum, b_weights, b_places, SWAPPED: tl.constexpr, ACC: tl.cons
     return b_sum
 
 
+@jit
+def give_rows(pointers, b_rows, mask, OWN_ROWS: tl.constexpr):
+    """Rows of a gradient, to places of their own or to sums shared with other programs."""
+    if OWN_ROWS:
+        tl.store(pointers, b_rows, mask=mask)
+    else:
+        tl.atomic_add(pointers, b_rows, mask=mask, sem="relaxed")
+
+
 @jit(do_not_specialize=["num_queries", "num_keys", "num_places"])
 def _used_kernel(
     indices_ptr,  # int32 [B, S, K]

@@ -1,16 +1,16 @@
 """KL loss of the indexer where queries attend to a selection, in Triton: the adaptation stage.
 
-The contract is that of `IndexerLoss.add_sparse`, which is the judge; what is computed stands in `triton_kl_keye`. The
-attention left its log-sum-exp per head, so one pass over a list gives the mean of the probabilities. One program takes
-one query and its list, in chunks of queries:
+The contract is that of `IndexerLoss.add_sparse`, which is the judge; what is computed stands in `triton_kl_keye`. One
+program takes one query and its list, in chunks of queries:
 
-1. `_divergence_kernel` gathers keys tile by tile for one block of heads after the other, sums p in a workspace, writes
-   the indexer's scores beside it, and goes over both once their log-sum-exp is known: KL, and q - p for the scores;
-2. `_gradients_kernel` makes the products of the indexer again for the gradients of queries and gates, which are the
-   query's own, and writes those of keys to places of their own. Then the places of one key are added in the order of
-   the queries, so that results are bit-equal over runs, without atomics.
+1. `triton_kl_target_keye` makes p, the mean of the attention's probabilities;
+2. `_divergence_kernel` makes the indexer's scores, and goes over them and p once their log-sum-exp is known: KL, and
+   q - p for the scores;
+3. `_gradients_kernel` makes the products of the indexer again for the gradients of queries and gates, which are the
+   query's own, and of keys, which queries share: those are added atomically. When deterministic algorithms are asked
+   for, each place writes its own row instead and the rows of one key are added in the order of the queries.
 
-Places are the rows of every product and heads its columns: an indexer has few heads, and so has a group of keys.
+Places are the rows of every product and heads its columns: an indexer has few heads.
 """
 
 from __future__ import annotations
@@ -20,26 +20,17 @@ import torch
 from .triton_common_keye import jit, on_device, shared_memory, tl, triton, within_32_bits
 from .triton_gather_keye import (
     HOPPER_SHARED,
-    LOG2_E,
     WORKSPACE_BYTES,
     add_rows_in_order,
     add_weighted,
     first_fitting,
+    give_rows,
     load_rows,
     scores_of,
     used_places,
 )
-from .triton_kl_keye import (
-    LIFT,
-    Tiles,
-    key_factors,
-    load_columns,
-    operand_types,
-    padded,
-    split_width,
-    statistics_dtype,
-    width_of,
-)
+from .triton_kl_keye import LIFT, Tiles, key_factors, operand_types, padded, statistics_dtype, width_of
+from .triton_kl_target_keye import targets, unit_of
 
 # Rows of the workspace are whole tiles of places, so that stores there need no mask.
 _PLACES_MULTIPLE = 64
@@ -64,41 +55,26 @@ def _list_tiles(heads: int, width: int, element_size: int, shared: int, index: t
     return Tiles(block, places, 8 if width > 256 or index[0] * index[1] > 64 * 64 else 4, 2)
 
 
-@jit(do_not_specialize=["first_query", "num_queries", "num_keys", "num_places", "num_groups"])
+@jit(do_not_specialize=["first_query", "num_queries", "num_keys", "num_places", "part_stride"])
 def _divergence_kernel(
-    queries_ptr,  # [B, n, H, D]
-    keys_ptr,  # [B, G, T, D]
-    lse_ptr,  # [B, n, H]
     selected_ptr,  # int32 [B, n, K]
     used_ptr,  # int32 [B * n]
     q_ptr,  # [B, n, Hi, Di]
     k_ptr,  # [B, T, Di]
     gates_ptr,  # [B, n, Hi]
-    target_ptr,  # [chunk, row_places]
+    target_ptr,  # [PARTS, chunk, row_places]
     grad_ptr,  # [chunk, row_places]
     rows_ptr,  # [B * n]
-    scale_log2,
+    stride_sb,
+    stride_ss,
+    stride_sk,
     stride_qb,
     stride_qs,
     stride_qh,
     stride_qd,
     stride_kb,
-    stride_kg,
     stride_kt,
     stride_kd,
-    stride_lb,
-    stride_ls,
-    stride_lh,
-    stride_sb,
-    stride_ss,
-    stride_sk,
-    stride_iqb,
-    stride_iqs,
-    stride_iqh,
-    stride_iqd,
-    stride_ikb,
-    stride_ikt,
-    stride_ikd,
     stride_gb,
     stride_gs,
     stride_gh,
@@ -107,80 +83,45 @@ def _divergence_kernel(
     num_keys,
     num_places,
     row_places,
-    num_groups,
-    HEADS: tl.constexpr,  # per group of keys
-    A: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    part_stride,
+    PARTS: tl.constexpr,
+    USED_ONLY: tl.constexpr,  # whether the entries of a row of the target are those of used places alone
     HI: tl.constexpr,
     DI: tl.constexpr,
     BLOCK_HI: tl.constexpr,
     BLOCK_DI: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr,
     INDEX_DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
     i_local = tl.program_id(0).to(tl.int64)
     i_query = first_query + i_local
     i_b, i_s = i_query // num_queries, i_query % num_queries
-    queries_ptr += i_b * stride_qb + i_s * stride_qs
-    keys_ptr += i_b * stride_kb
-    lse_ptr += i_b * stride_lb + i_s * stride_ls
     selected_ptr += i_b * stride_sb + i_s * stride_ss
-    k_ptr += i_b * stride_ikb
+    k_ptr += i_b * stride_kb
     target_ptr += i_local * row_places
     grad_ptr += i_local * row_places
-    o_index_head = tl.arange(0, BLOCK_HI)
-    m_index_head = o_index_head < HI
+    o_head = tl.arange(0, BLOCK_HI)
+    m_head = o_head < HI
     used = tl.load(used_ptr + i_query)
-    head_blocks: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
-    for i_block in range(num_groups * head_blocks):
-        o_member = (i_block % head_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-        m_head = o_member < HEADS
-        o_head = (i_block // head_blocks) * HEADS + o_member
-        q_rows = queries_ptr + o_head * stride_qh
-        b_q, b_q_rest = load_columns(q_rows, m_head, stride_qd, A, R, BLOCK_A, BLOCK_R, DOT)
-        b_lse = tl.load(lse_ptr + o_head * stride_lh, mask=m_head, other=float("inf")).to(ACC) * 1.4426950408889634
-        group_ptr = keys_ptr + (i_block // head_blocks) * tl.cast(stride_kg, tl.int64)
-        for start in range(0, used, BLOCK_K):
-            o_place = start + tl.arange(0, BLOCK_K)
-            b_index = tl.load(selected_ptr + o_place * stride_sk, mask=o_place < num_places, other=-1)
-            m_place = (b_index >= 0) & (b_index < num_keys)
-            key_rows = group_ptr + b_index.to(tl.int64) * stride_kt
-            b_k, b_k_rest = load_columns(key_rows, m_place, stride_kd, A, R, BLOCK_A, BLOCK_R, DOT)
-            b_scores = scores_of(b_q, b_k, True, ACC)
-            if R > 0:
-                b_scores += scores_of(b_q_rest, b_k_rest, True, ACC)
-            b_target = tl.sum(tl.exp2(b_scores * scale_log2 - b_lse[None, :]), 1) / (num_groups * HEADS)
-            # An unused place has score 0, which may lie far above the log-sum-exp.
-            b_target = tl.where(m_place, b_target, 0.0)
-            b_target += tl.load(target_ptr + o_place, mask=m_place & (i_block > 0), other=0.0)
-            tl.store(target_ptr + o_place, b_target)
-        tl.debug_barrier()  # other threads read what this one wrote
-
-    o_index_head = tl.arange(0, BLOCK_HI)
-    m_index_head = o_index_head < HI
-    index_q_rows = q_ptr + i_b * stride_iqb + i_s * stride_iqs + o_index_head * stride_iqh
-    b_index_q = load_rows(index_q_rows, m_index_head, stride_iqd, 0, DI, BLOCK_DI, INDEX_DOT)
-    gates = gates_ptr + i_b * stride_gb + i_s * stride_gs + o_index_head * stride_gh
-    b_gates = tl.load(gates, mask=m_index_head, other=0.0).to(ACC)
+    q_rows = q_ptr + i_b * stride_qb + i_s * stride_qs + o_head * stride_qh
+    b_q = load_rows(q_rows, m_head, stride_qd, 0, DI, BLOCK_DI, INDEX_DOT)
+    gates = gates_ptr + i_b * stride_gb + i_s * stride_gs + o_head * stride_gh
+    b_gates = tl.load(gates, mask=m_head, other=0.0).to(ACC)
     b_max = tl.full([BLOCK_K], float("-inf"), ACC)
     b_sum = tl.zeros([BLOCK_K], ACC)
     for start in range(0, used, BLOCK_K):
         o_place = start + tl.arange(0, BLOCK_K)
         b_index = tl.load(selected_ptr + o_place * stride_sk, mask=o_place < num_places, other=-1)
         m_place = (b_index >= 0) & (b_index < num_keys)
-        index_rows = k_ptr + b_index.to(tl.int64) * stride_ikt
-        b_index_k = load_rows(index_rows, m_place, stride_ikd, 0, DI, BLOCK_DI, INDEX_DOT)
-        b_products = tl.maximum(scores_of(b_index_q, b_index_k, True, ACC), 0.0) * b_gates[None, :]
-        b_index_scores = tl.where(m_place, tl.sum(b_products, 1), float("-inf"))
-        tl.store(grad_ptr + o_place, b_index_scores)
-        b_new = tl.maximum(b_max, b_index_scores)
+        key_rows = k_ptr + b_index.to(tl.int64) * stride_kt
+        b_k = load_rows(key_rows, m_place, stride_kd, 0, DI, BLOCK_DI, INDEX_DOT)
+        b_products = tl.maximum(scores_of(b_q, b_k, True, ACC), 0.0) * b_gates[None, :]
+        b_scores = tl.where(m_place, tl.sum(b_products, 1), float("-inf"))
+        tl.store(grad_ptr + o_place, b_scores)
+        b_new = tl.maximum(b_max, b_scores)
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_sum = b_sum * tl.exp(b_max - b_safe) + tl.exp(b_index_scores - b_safe)
+        b_sum = b_sum * tl.exp(b_max - b_safe) + tl.exp(b_scores - b_safe)
         b_max = b_new
     top = tl.max(b_max, 0)
     safe = tl.where(top == float("-inf"), 0.0, top)
@@ -189,11 +130,21 @@ def _divergence_kernel(
     tl.debug_barrier()  # other threads read what this one wrote
 
     b_value = tl.zeros([BLOCK_K], ACC)
+    before = 0
     for start in range(0, used, BLOCK_K):
         o_place = start + tl.arange(0, BLOCK_K)
-        b_target = tl.load(target_ptr + o_place)
         b_log = tl.load(grad_ptr + o_place) - norm
         kept = b_log > float("-inf")
+        o_entry = o_place
+        if USED_ONLY:
+            b_index = tl.load(selected_ptr + o_place * stride_sk, mask=o_place < num_places, other=-1)
+            b_used = ((b_index >= 0) & (b_index < num_keys)).to(tl.int32)
+            o_entry = before + tl.cumsum(b_used, 0) - b_used
+            before += tl.sum(b_used, 0)
+        b_target = tl.zeros([BLOCK_K], ACC)
+        for i_part in tl.static_range(PARTS):
+            part_ptr = target_ptr + i_part * tl.cast(part_stride, tl.int64)
+            b_target += tl.load(part_ptr + o_entry, mask=kept, other=0.0)
         b_log = tl.where(kept, b_log, 0.0)
         b_value += b_target * (tl.log(tl.where(b_target > 0.0, b_target, 1.0)) - b_log)
         tl.store(grad_ptr + o_place, tl.where(kept, tl.exp(b_log) - b_target, 0.0))
@@ -213,7 +164,7 @@ def _gradients_kernel(
     grad_ptr,  # [chunk, row_places], q - p
     grad_q_ptr,  # [B, n, Hi, Di]
     grad_gates_ptr,  # [B, n, Hi]
-    places_ptr,  # [chunk, K, Di]
+    grad_k_ptr,  # [B, T, Di], or [chunk, K, Di] when each place writes its own row
     stride_sb,
     stride_ss,
     stride_sk,
@@ -239,12 +190,14 @@ def _gradients_kernel(
     stride_dgb,
     stride_dgs,
     stride_dgh,
+    stride_dkb,
     first_query,
     num_queries,
     num_keys,
     num_places,
     row_places,
     LIFT: tl.constexpr,
+    OWN_ROWS: tl.constexpr,
     HI: tl.constexpr,
     DI: tl.constexpr,
     BLOCK_HI: tl.constexpr,
@@ -285,8 +238,10 @@ def _gradients_kernel(
         b_grad_q = add_weighted(b_grad_q, (b_grad * LIFT).to(INDEX_DOT), b_k, True, ACC)
         b_weights = (b_grad * b_factor[None, :]).to(INDEX_DOT)
         b_grad_k = tl.dot(b_weights, b_q, input_precision="ieee", out_dtype=ACC) * top
-        pointers = places_ptr + ((i_local * num_places + o_place) * DI)[:, None] + o_column[None, :]
-        tl.store(pointers, b_grad_k, mask=m_place[:, None] & m_column[None, :])
+        o_row = (i_local * num_places + o_place) * DI if OWN_ROWS else i_b * stride_dkb + b_index.to(tl.int64) * DI
+        give_rows(
+            grad_k_ptr + o_row[:, None] + o_column[None, :], b_grad_k, m_place[:, None] & m_column[None, :], OWN_ROWS
+        )
     gates = gates_ptr + i_b * stride_gb + i_s * stride_gs + o_head * stride_gh
     b_gates = tl.load(gates, mask=m_head, other=0.0).to(ACC)
     grad_gates = grad_gates_ptr + i_b * stride_dgb + i_s * stride_dgs + o_head * stride_dgh
@@ -340,11 +295,14 @@ def sparse_kl(
         q: indexer queries [B, n, Hi, Di], k: indexer keys [B, T, Di], gates: [B, n, Hi]. weights: [B, n] float32, 0 at
             queries that do not count. queries [B, n, H, D], keys [B, G, T, D]: what the attention's scores are made of.
         lse: natural log-sum-exp of that attention over the selection, per head [B, n, H]. selected: int32 [B, n, K] as
-            `select_tokens` returns it, without duplicates; -1, or anything else that is no slot of keys, is unused.
+            `select_tokens` returns it, ascending without duplicates; -1, or anything else that is no slot of keys, is
+            unused wherever it stands.
         grads: None, or gradients of q and gates, which are written, and of k in float32, which is added to.
 
     Returns:
-        the sum [] in float32 (float64 when an input is). Raises `ValueError` where `unsupported` has something to say.
+        the sum [] in float32 (float64 when an input is). Gradients of keys are added atomically, hence in no fixed
+        order, unless `torch.use_deterministic_algorithms` is on. Raises `ValueError` where `unsupported` has something
+        to say.
     """
     q, queries = within_32_bits(q), within_32_bits(queries)
     batch, num_queries, heads, dim = queries.shape
@@ -358,11 +316,17 @@ def sparse_kl(
             grads[2].zero_()
         return torch.zeros((), dtype=statistics, device=q.device)
     index_heads, index_dim = q.shape[2:]
+    unit = unit_of(queries, keys, shared_memory(queries.device))
+    parts = 1 if unit is None else keys.shape[1]
     rows = torch.empty(batch, num_queries, dtype=statistics, device=q.device)
+    own_rows = grads is not None and torch.are_deterministic_algorithms_enabled()
     row_places = triton.cdiv(num_places, _PLACES_MULTIPLE) * _PLACES_MULTIPLE
-    chunk = max(1, WORKSPACE_BYTES // ((2 * row_places + num_places * index_dim) * statistics.itemsize))
-    chunk = min(count, chunk)
-    target, grad = (torch.empty(chunk, row_places, dtype=statistics, device=q.device) for _ in range(2))
+    per_query = ((parts + 1) * row_places + num_places * index_dim * own_rows) * statistics.itemsize
+    chunk = min(count, max(1, WORKSPACE_BYTES // per_query))
+    if unit is not None:  # whole units, and at least one
+        chunk = triton.cdiv(chunk, unit.queries) * unit.queries
+    target = torch.empty(parts, chunk, row_places, dtype=statistics, device=q.device)
+    grad = torch.empty(chunk, row_places, dtype=statistics, device=q.device)
     counts = weights != 0
     used = used_places(selected, num_keys).masked_fill_(~counts.flatten(), 0)
     types = operand_types(queries, keys, q, k, statistics)
@@ -379,20 +343,17 @@ def sparse_kl(
     }
     if grads is not None:
         factors, top = key_factors(weights, gates)
-        places = torch.empty(chunk, num_places, index_dim, dtype=statistics, device=q.device)
-        grad_k = grads[1].contiguous()
+        grad_k = grad_k_rows = grads[1].contiguous()
+    if own_rows:
+        grad_k_rows = torch.empty(chunk, num_places, index_dim, dtype=statistics, device=q.device)
         known = (selected >= 0) & (selected < num_keys) & counts.unsqueeze(-1)
         # Rows of keys as in `grad_k`, which may be longer; past its end for places that nobody wrote.
         first_row = torch.arange(batch, device=q.device)[:, None, None] * k.shape[1]
         key_rows = torch.where(known, selected + first_row, batch * k.shape[1]).flatten(0, 1)  # [B * n, K]
-    for begin in range(0, count, chunk):
-        size = min(chunk, count - begin)
+    for begin, size in targets(queries, keys, lse, selected, used, scaling, tiles, unit, target, types):
         sizes = (begin, num_queries, num_keys, num_places, row_places)
         with on_device(q.device):
             _divergence_kernel[(size,)](
-                queries,
-                keys,
-                lse,
                 selected,
                 used,
                 q,
@@ -401,20 +362,14 @@ def sparse_kl(
                 target,
                 grad,
                 rows,
-                scaling * LOG2_E,
-                *queries.stride(),
-                *keys.stride(),
-                *lse.stride(),
                 *selected.stride(),
                 *q.stride(),
                 *k.stride(),
                 *gates.stride(),
                 *sizes,
-                keys.shape[1],
-                HEADS=heads // keys.shape[1],
-                **split_width(dim),
-                BLOCK_H=tiles.rows,
-                DOT=types["DOT"],
+                target.stride(0),
+                PARTS=parts,
+                USED_ONLY=unit is not None,
                 **index,
             )
             if grads is None:
@@ -431,7 +386,7 @@ def sparse_kl(
                 grad,
                 grads[0],
                 grads[2],
-                places,
+                grad_k_rows,
                 *selected.stride(),
                 *q.stride(),
                 *k.stride(),
@@ -440,12 +395,15 @@ def sparse_kl(
                 *factors.stride(),
                 *grads[0].stride(),
                 *grads[2].stride(),
+                grad_k.stride(0),
                 *sizes,
                 LIFT=LIFT,
+                OWN_ROWS=own_rows,
                 **index,
             )
-        chosen = key_rows[begin : begin + size].flatten()
-        add_rows_in_order(places[:size].flatten(0, 1), chosen, grad_k.flatten(0, 1))
+        if own_rows:
+            chosen = key_rows[begin : begin + size].flatten()
+            add_rows_in_order(grad_k_rows[:size].flatten(0, 1), chosen, grad_k.flatten(0, 1))
     if grads is not None and grad_k is not grads[1]:
         grads[1].copy_(grad_k)
     return (rows * weights).sum()

@@ -29,6 +29,8 @@ from .sparse_eager_keye import eager_attention, eager_objective, eager_selection
 
 # Queries per selection and attention step: bounds the absorbed queries and the index list of one step.
 _QUERY_STEP = 512
+# The same for grouped queries on a GPU, where units of neighbours share a program and 512 queries are too few of them.
+_GROUPED_STEP_ON_CUDA = 4096
 # Largest expanded key tensor, in elements: dense MLA over more expands the latents of some heads at a time.
 _MAX_EXPANDED_ELEMENTS = 2**27
 # The share of the attention that a selection catches is measured on this many runs of neighbouring queries.
@@ -323,8 +325,9 @@ class KeyeAttention(nn.Module):
             outputs.append(output)
             if loss is not None:
                 loss.add_dense(0, *(scored or self.score_operands(queries[:, :num_dense], keys)), self.scaling)
-        for begin in range(num_dense, num_queries, _QUERY_STEP):
-            end = min(begin + _QUERY_STEP, num_queries)
+        step = self.query_step(queries.device)
+        for begin in range(num_dense, num_queries, step):
+            end = min(begin + step, num_queries)
             selected = self._select(index, batch, begin, end, query_offset, key_mask, queries.device)
             output, scored, lse = self.attend_sparse(queries[:, begin:end], states, selected)
             outputs.append(output)
@@ -343,6 +346,10 @@ class KeyeAttention(nn.Module):
             recall = self._sampled_recall(queries, states, index, key_mask, query_offset, first_slot)
             objective = torch.stack([loss.result().float(), recall.float()])
         return output, kept, objective
+
+    def query_step(self, device: torch.device) -> int:
+        """Queries whose lists are made and read at once."""
+        return _QUERY_STEP
 
     def _at_slot(self, queries, states, index, key_mask, slot) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output and selected slots of a few queries over a whole static cache; nothing depends on where they stand."""
@@ -561,6 +568,9 @@ class KeyeGroupedAttention(KeyeAttention):
 
     def expand(self, states):
         return states
+
+    def query_step(self, device):
+        return _GROUPED_STEP_ON_CUDA if device.type == "cuda" else _QUERY_STEP
 
     def score_operands(self, queries, states):
         return queries, states[0]

@@ -23,6 +23,7 @@ from .triton_gather_keye import (
     add_rows_in_order,
     add_weighted,
     first_fitting,
+    give_rows,
     load_rows,
     scores_of,
 )
@@ -73,15 +74,6 @@ def tiles_for(heads_per_group: int, dim: int, value_dim: int, element_size: int,
     most_rows = 128 * (128 if hopper else 64) // max(dim, value_dim)
     rows, places = first_fitting(unit_blocks(blocks, heads, most_rows), size, shared)
     return Tiles(rows // heads, heads, places, 8, 2)
-
-
-@jit
-def _give(pointers, b_rows, mask, OWN_ROWS: tl.constexpr):
-    """Rows of a gradient, to places of their own or to sums shared with other programs."""
-    if OWN_ROWS:
-        tl.store(pointers, b_rows, mask=mask)
-    else:
-        tl.atomic_add(pointers, b_rows, mask=mask, sem="relaxed")
 
 
 @jit(do_not_specialize=["first_unit", "first_local", "units", "num_queries", "num_keys", "own_places", "num_groups"])
@@ -177,13 +169,13 @@ def _backward_kernel(
         b_probs = tl.exp2(b_scores * 1.4426950408889634)
         # Each gradient leaves the registers before the next is made.
         b_grad_v = tl.dot(tl.trans(b_probs.to(DOT)), b_grad, input_precision="ieee", out_dtype=ACC)
-        _give(
+        give_rows(
             grad_v_ptr + o_grad[:, None] * E + o_e[None, :], b_grad_v, m_place[:, None] & (o_e < E)[None, :], OWN_ROWS
         )
         b_grad_scores = (scores_of(b_grad, b_v, False, ACC) - b_delta[:, None]) * b_probs * scaling
         b_grad_scores = b_grad_scores.to(DOT)
         b_grad_k = tl.dot(tl.trans(b_grad_scores), b_q, input_precision="ieee", out_dtype=ACC)
-        _give(
+        give_rows(
             grad_k_ptr + o_grad[:, None] * D + o_d[None, :], b_grad_k, m_place[:, None] & (o_d < D)[None, :], OWN_ROWS
         )
         b_grad_q = add_weighted(b_grad_q, b_grad_scores, b_k, False, ACC)

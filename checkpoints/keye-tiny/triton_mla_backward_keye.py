@@ -30,6 +30,7 @@ from .triton_gather_keye import (
     add_rows_in_order,
     add_weighted,
     first_fitting,
+    give_rows,
     load_rows,
     scores_of,
     used_places,
@@ -281,11 +282,7 @@ def _row_gradients_kernel(
         if APART is None or used > 0:
             b_grad_q = add_weighted(b_grad_q, b_weights, b_kv, SWAPPED, ACC)
         o_row = i_local * num_places + o_place if OWN_ROWS else i_b * num_keys + b_index
-        pointers = grad_kv_ptr + o_row[:, None] * W + o_column[None, :]
-        if OWN_ROWS:
-            tl.store(pointers, b_grad_kv, mask=m_kv)
-        else:
-            tl.atomic_add(pointers, b_grad_kv, mask=m_kv, sem="relaxed")
+        give_rows(grad_kv_ptr + o_row[:, None] * W + o_column[None, :], b_grad_kv, m_kv, OWN_ROWS)
     if SWAPPED:
         b_grad_q = tl.trans(b_grad_q)
     o_row = i_query * num_heads + o_head

@@ -16,6 +16,7 @@ from modeling_keye.indexer_objective_keye import IndexerLoss
 from modeling_keye.triton_kl_dense_keye import dense_kl
 from modeling_keye.triton_kl_keye import head_tiles, split_width, walk_tiles, width_of
 from modeling_keye.triton_kl_sparse_keye import sparse_kl
+from modeling_keye.triton_kl_target_keye import union_tiles, unit_of
 from tests.kernels.aot import SHARED_LIMIT
 
 # Exactly representable in float32, in which kernels receive it.
@@ -287,13 +288,24 @@ def test_everything_selected_is_dense(device):
     check(loss_of(TritonLoss, index, attention, selected=selected), judge(index, attention))
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("kind", ["dense", "sparse", "unions"])
 def test_chunks_change_nothing_and_repeats_are_bit_equal(kind, device, monkeypatch):
     """Also where programs finish in another order, which the interpreter cannot show: no atomics."""
     index, attention = make(2, 34, 34, 1, 1, 16, 2, 16, torch.float32, device)
-    if kind == "sparse":
-        index, attention = make(2, 4, 9, 2, 1, 16, 3, 16, torch.float32, device)
-    selected = lists(2, 4, 9, 6).to(device) if kind == "sparse" else None
+    selected = None
+    if kind != "dense":
+        queries, heads, groups = (4, 2, 1) if kind == "sparse" else (17, 8, 2)
+        index, attention = make(2, queries, 19, heads, groups, 16, 3, 16, torch.float32, device)
+        selected = lists(2, queries, 19, 6).to(device)
+        assert (unit_of(*attention, SHARED_LIMIT[90]) is not None) == (kind == "unions")
     if INTERPRETED:
         monkeypatch.setattr(triton_common_keye.tl, "atomic_add", None)
     whole = [loss_of(TritonLoss, index, attention, selected=selected) for _ in range(2)]
@@ -303,25 +315,80 @@ def test_chunks_change_nothing_and_repeats_are_bit_equal(kind, device, monkeypat
     check(loss_of(TritonLoss, index, attention, selected=selected), [x.double().cpu() for x in whole[0]], 1e-6)
 
 
+# Lists of neighbouring queries, read as their union. Heads per group of keys: 4, 3, 1; the last unit is a short one.
+UNIONS = [
+    (1, 16, 40, 8, 2, 16, 3, 16, 12),
+    (2, 9, 30, 6, 2, 10, 5, 5, 7),
+    (1, 35, 70, 3, 3, 48, 2, 32, 33),
+    (1, 20, 150, 4, 1, 80, 17, 16, 70),
+]
+
+
+@pytest.mark.parametrize("shape", UNIONS, ids=names)
+def test_unions_equal_the_judge(shape, device):
+    index, attention = make(*shape[:-1], device=device)
+    assert unit_of(*attention, SHARED_LIMIT[90]) is not None
+    selected = lists(*shape[:3], shape[-1]).to(device)
+    check(loss_of(TritonLoss, index, attention, selected=selected), judge(index, attention, selected=selected))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_unions_with_padding_and_unused_places_anywhere(side, device):
+    batch, tokens = 2, 21
+    key_mask = torch.ones(batch, tokens, dtype=torch.bool)
+    key_mask[0, slice(0, 5) if side == "left" else slice(-5, None)] = False
+    index, attention = make(batch, tokens, tokens, 8, 2, 16, 3, 16, device=device)
+    assert unit_of(*attention, SHARED_LIMIT[90]) is not None
+    selected = lists(batch, tokens, tokens, 6, key_mask).to(device)
+    key_mask = key_mask.to(device)
+    expected = judge(index, attention, key_mask, selected)
+    lse = list_lse(*attention, selected).to(WIDE)
+    wild = torch.tensor([tokens, 2**31 - 1, -(2**31)], dtype=torch.int32, device=device).expand(batch, tokens, -1)
+    spread = torch.cat([wild, selected[..., :2], torch.full_like(wild, -1), selected[..., 2:], wild], dim=-1)
+    keys = attention[1].masked_fill(~key_mask[:, None, :, None], math.nan)
+    learned = [x.detach().requires_grad_() for x in index]
+    loss = TritonLoss(*learned, key_mask=key_mask)
+    loss.add_sparse(0, attention[0], keys, lse, spread, SCALE)
+    result = loss.result()
+    check((result.detach(), *torch.autograd.grad(result, learned)), expected)
+
+
+def test_sparse_gradients_of_keys_added_in_order_and_as_they_come(device):
+    index, attention = make(2, 5, 30, 2, 1, 16, 3, 16, device=device)
+    selected = lists(2, 5, 30, 11).to(device)
+    expected = judge(index, attention, selected=selected)
+    for ordered in (False, True):
+        torch.use_deterministic_algorithms(ordered)
+        try:
+            check(loss_of(TritonLoss, index, attention, selected=selected), expected)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
 # Precision: the error against float64 may not exceed that of the PyTorch code, which multiplies in float32 whatever the
 # inputs are, plus one rounding to the dtype of the inputs, in which operands of the gradients' products are.
 
 
 @pytest.mark.usefixtures("shared_memory")
-@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "unions"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_error_is_at_most_that_of_plain_code(dtype, kind, device):
-    shape = (1, 20, 150, 4, 2, 96, 5, 32) if kind == "dense" else (1, 4, 150, 20, 1, 160, 5, 32)
+    shape = {
+        "dense": (1, 20, 150, 4, 2, 96, 5, 32),
+        "sparse": (1, 4, 150, 20, 1, 160, 5, 32),
+        "unions": (1, 17, 90, 8, 2, 96, 5, 32),
+    }[kind]
     index, attention = make(*shape, dtype, device)
     attention = (attention[0] / 2, attention[1])
-    selected = None if kind == "dense" else lists(*shape[:3], 100).to(device)
+    selected = None if kind == "dense" else lists(*shape[:3], 60 if kind == "unions" else 100).to(device)
     # As in a batch of a million tokens: a weight that float16 cannot hold.
     found = loss_of(TritonLoss, index, attention, selected=selected, scale=1e-5)
     exact = judge(index, attention, selected=selected, scale=1e-5)
     plain = judge(index, attention, selected=selected, dtype=dtype, scale=1e-5)
     # In float32 both errors are those of the products: the interpreter leaves small tiles to numpy, which rounds more
-    # often than the library behind the plain code.
-    slack = 2 if INTERPRETED and dtype == torch.float32 else 1
+    # often than the library behind the plain code. It multiplies bfloat16 as float32, too.
+    in_float32 = dtype == torch.float32 or (kind == "unions" and dtype == torch.bfloat16)
+    slack = 2 if INTERPRETED and in_float32 else 1
     assert found[0].dtype == torch.float32 and [x.dtype for x in found[1:]] == [x.dtype for x in index]
     for name, ours, theirs, truth in zip(("value", "grad of q", "grad of k", "grad of gates"), found, plain, exact):
         if ours.dtype == torch.float16:
@@ -389,6 +456,15 @@ def test_tiles_fit_shared_memory(width, arch, element_size):
     for choose in (walk_tiles, head_tiles):
         tiles = choose(width, element_size, SHARED_LIMIT[arch])
         assert (tiles.rows + tiles.keys) * width * element_size <= SHARED_LIMIT[arch]
+
+
+@pytest.mark.parametrize("element_size", [2, 4])
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize(("heads", "width"), [(1, 16), (6, 192), (8, 128), (16, 576), (128, 64)])
+def test_tiles_of_unions_fit_shared_memory(heads, width, arch, element_size):
+    tiles = union_tiles(heads, width, element_size, SHARED_LIMIT[arch])
+    assert heads <= tiles.heads < 2 * heads and 1 <= tiles.queries <= 32
+    assert (tiles.heads * tiles.queries + tiles.places) * width * element_size <= SHARED_LIMIT[arch]
 
 
 @pytest.mark.parametrize("module", [triton_kl_dense_keye, triton_kl_sparse_keye], ids=["dense", "sparse"])
