@@ -66,18 +66,20 @@ _SLICES = ["weights_ptr", "mask_ptr", "start_ptr", "slot_ptr", "out_ptr"]
 
 @dataclass(frozen=True)
 class ScoreTiles:
-    """Blocks of the scoring kernel: queries, heads and head size (powers of two), keys; launch options."""
+    """Blocks of the scoring kernel: queries, heads and head size (powers of two), keys, and keys that a program walks
+    through; launch options."""
 
     queries: int
     heads: int
     dim: int
     keys: int
+    span: int
     num_warps: int
     num_stages: int
 
 
-# Other tiles of keys, or more warps, would add in another order and could select otherwise.
-@tunable("selection_scores", num_stages=(2, 3, 4))
+# Other tiles of keys or other warps would add in another order and could select otherwise.
+@tunable("selection_scores", span=(512, 1024, 2048), num_stages=(2, 3, 4))
 def score_tiles(heads: int, dim: int, dtype: torch.dtype, shared: int) -> ScoreTiles:
     """Blocks for an indexer of `heads` x `dim` in `shared` bytes of shared memory; no sequence length enters.
 
@@ -104,7 +106,8 @@ def score_tiles(heads: int, dim: int, dtype: torch.dtype, shared: int) -> ScoreT
             f"An indexer of {heads} heads of {dim} in {dtype} does not fit the device's {shared // 1024} KiB of shared "
             'memory; choose the backend "torch".'
         )
-    return ScoreTiles(columns // heads_block, heads_block, dim_block, keys, num_warps=4, num_stages=num_stages)
+    queries = columns // heads_block
+    return ScoreTiles(queries, heads_block, dim_block, keys, SCORE_SPAN, num_warps=4, num_stages=num_stages)
 
 
 def select_tile(rows: int, processors: int) -> tuple[int, int]:
@@ -588,7 +591,7 @@ def _select(
             "BLOCK_HEADS": tiles.heads,
             "BLOCK_DIM": tiles.dim,
             "BLOCK_KEYS": tiles.keys,
-            "SPAN": SCORE_SPAN,
+            "SPAN": tiles.span,
             "GROUP": GROUP,
             **switches,
             "DOT": operand_dtype(dtype),
@@ -604,7 +607,7 @@ def _select(
         place = (b, begin, count)
         first_slot = begin if slot is not None else query_offset + begin
         row_stride = _row_stride(num_keys)
-        num_blocks, num_spans = -(-count // tiles.queries), -(-num_keys // SCORE_SPAN)
+        num_blocks, num_spans = -(-count // tiles.queries), -(-num_keys // tiles.span)
         score(
             num_blocks * num_spans * sequences,
             *tensors,
