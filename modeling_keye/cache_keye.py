@@ -9,7 +9,7 @@ GQA stores keys and values [B, G, T, D]; indexer keys are [B, T, Di].
 """
 
 import torch
-from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer
+from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, StaticLayer
 
 _MIN_SPARE_TOKENS = 256
 # Queries of a decoding step, drafts of speculative decoding among them; more are a prefill.
@@ -117,6 +117,16 @@ def cached_length(cache: Cache | None, num_queries: int) -> int | torch.Tensor:
     if torch.compiler.is_compiling() or (length.is_cuda and torch.cuda.is_current_stream_capturing()):
         return length.clone()
     return int(length)
+
+
+def refuse_full_cache(cache: Cache, num_tokens: int) -> None:
+    """Raises `ValueError` where the layers of a static cache have no room for `num_tokens`."""
+    rooms = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
+    if rooms and num_tokens > min(rooms):
+        raise ValueError(
+            f"The static cache holds {min(rooms)} tokens, and with this input there are {num_tokens}. Make one with a "
+            "larger `max_cache_len`."
+        )
 
 
 def adopt_growing_layers(cache: Cache, num_layers: int, expected_tokens: int) -> None:

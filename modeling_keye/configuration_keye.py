@@ -141,6 +141,8 @@ class KeyeVisionConfig(TranslatesPublished, PreTrainedConfig):
         super().__post_init__(**kwargs)
         for name in ("patch_size", "spatial_merge_size", "num_attention_heads", "encode_chunk_patches"):
             _positive(name, getattr(self, name))
+        if self.num_channels != 3:
+            raise ValueError(f"`num_channels` is {self.num_channels}; frames come in three colours, so it must be 3.")
         if self.temporal_patch_size != 1:
             raise ValueError(
                 f"`temporal_patch_size` is {self.temporal_patch_size}; the Keye tower encodes each frame alone, so "
@@ -329,6 +331,13 @@ class KeyeTextConfig(TranslatesPublished, PreTrainedConfig):
         for name in (*counts, "head_dim", "max_position_embeddings"):
             _positive(name, getattr(self, name))
         _positive("local_window", self.local_window, least=0)
+        _positive("n_shared_experts", self.n_shared_experts, least=0)
+        if "dense" in self.mlp_layer_types:
+            _positive("intermediate_size", self.intermediate_size)
+        if not 0 < self.rms_norm_eps < math.inf:
+            raise ValueError(f"`rms_norm_eps` is {self.rms_norm_eps}; it must be a positive number.")
+        if self.pad_token_id is not None and not -1 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"`pad_token_id` {self.pad_token_id} is outside the vocabulary of {self.vocab_size}.")
         _one_of("indexer_stage", self.indexer_stage, ("warmup", "adaptation"))
         if not 0 <= self.indexer_loss_coef < math.inf:
             raise ValueError(f"`indexer_loss_coef` is {self.indexer_loss_coef}; it must be a number from 0 up.")
@@ -352,6 +361,12 @@ class KeyeTextConfig(TranslatesPublished, PreTrainedConfig):
         if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError("`partial_rotary_factor` must be 1: the rotary dimension is `head_dim`.")
         rope_types = ("default", *ROPE_INIT_FUNCTIONS)
+        if (rope_type := self.rope_parameters["rope_type"]) in ("dynamic", "longrope"):
+            raise ValueError(
+                f"`rope_type` {rope_type!r} chooses its frequencies by the length of a call, and "
+                "cached keys keep those of theirs, so that answers would depend on how a prompt is cut. Use 'yarn' or "
+                "'linear'."
+            )
         if self.rope_parameters["rope_type"] not in rope_types:
             raise ValueError(
                 f"`rope_type` is {self.rope_parameters['rope_type']!r}; it must be one of {', '.join(rope_types)}. "
@@ -471,6 +486,9 @@ class KeyeConfig(TranslatesPublished, PreTrainedConfig):
         for name, config_class in self.sub_configs.items():
             value = getattr(self, name)
             if value is None or isinstance(value, dict):
+                known, found = config_class.model_type, (value or {}).get("model_type")
+                if found not in (None, known):
+                    raise ValueError(f"`{name}` has the `model_type` {found!r}; it must be {known!r}, or left out.")
                 setattr(self, name, config_class(**(value or {})))
         # A saved model must name its classes for `trust_remote_code`, whichever class saved it.
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}

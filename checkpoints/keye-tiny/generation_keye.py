@@ -8,6 +8,8 @@ import torch
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+_MEDIA = (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw"))
+
 
 class KeyeGenerationMixin(GenerationMixin):
     """`GenerationMixin` for a model whose `self.model` is a `KeyeModel`."""
@@ -23,6 +25,50 @@ class KeyeGenerationMixin(GenerationMixin):
         """
         if self.generation_config.suppress_tokens is None:
             self.generation_config.suppress_tokens = [self.config.image_token_id, self.config.video_token_id]
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        # The first hook that sees what the user passed, before positions are made and media are encoded.
+        ids, past = model_kwargs.get("input_ids", inputs), model_kwargs.get("past_key_values")
+        if ids is not None and past is not None and (past_length := int(past.get_seq_length())):
+            model_kwargs = self._without_cached_media(ids, past_length, dict(model_kwargs))
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
+    def _without_cached_media(self, input_ids, past_length: int, model_kwargs: dict) -> dict:
+        """A conversation goes on: of all its media, as the processor prepares them, those that the cache does not hold.
+
+        Media of the new tokens alone, as one may pass them oneself, stay as they are.
+        """
+        merged = self.config.vision_config.spatial_merge_size**2
+        for modality, pixels, grid in _MEDIA:
+            values, grid_thw = model_kwargs.get(pixels), model_kwargs.get(grid)
+            if values is None or grid_thw is None:
+                continue
+            places = input_ids == getattr(self.config, f"{modality}_token_id")
+            patches = grid_thw.prod(dim=-1)
+            lengths, cached = (patches // merged).tolist(), places[:, :past_length].sum(dim=1).tolist()
+            if not any(cached) or sum(lengths) != int(places.sum()):
+                continue
+            new, rest = [], iter(lengths)
+            for in_row, in_cache in zip(places.sum(dim=1).tolist(), cached):
+                seen = 0
+                while seen < in_row and (length := next(rest, None)) is not None:
+                    seen += length
+                    new.append(seen > in_cache)
+            if sum(length for length, is_new in zip(lengths, new) if is_new) != int(places[:, past_length:].sum()):
+                raise ValueError(
+                    f"The cache ends within one of the {modality}s of the prompt. Crop it to where the {modality} "
+                    "begins."
+                )
+            new = torch.tensor(new, device=grid_thw.device)
+            seconds = model_kwargs.get("second_per_grid_ts")
+            if modality == "video" and seconds is not None and len(seconds) == len(new):
+                model_kwargs["second_per_grid_ts"] = [x for x, is_new in zip(seconds, new.tolist()) if is_new]
+            if not new.any():
+                del model_kwargs[pixels], model_kwargs[grid]
+                continue
+            model_kwargs[grid] = grid_thw[new]
+            model_kwargs[pixels] = values[new.repeat_interleave(patches).to(values.device)]
+        return model_kwargs
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """[B, S], or [4, B, S] (text row, then time, height, width) for three-axis models."""
@@ -55,10 +101,7 @@ class KeyeGenerationMixin(GenerationMixin):
         Newer releases of the library encode before they call this; older ones do not, so both arrive here.
         """
         encoded = dict(model_kwargs.pop("mm_encoder_outputs", None) or {})
-        for modality, pixels, grid in (
-            ("image", "pixel_values", "image_grid_thw"),
-            ("video", "pixel_values_videos", "video_grid_thw"),
-        ):
+        for modality, pixels, grid in _MEDIA:
             values, grid_thw = model_kwargs.pop(pixels, None), model_kwargs.pop(grid, None)
             if values is not None:
                 encoded[modality] = getattr(self.model, f"get_{modality}_features")(values, grid_thw, return_dict=True)

@@ -23,7 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_keye import ATTENTIONS, KeyeAttention, KeyeIndexerRotaryEmbedding, KeyeRMSNorm, KeyeRotaryEmbedding
-from .cache_keye import adopt_growing_layers, cached_length
+from .cache_keye import adopt_growing_layers, cached_length, refuse_full_cache
 from .configuration_keye import KeyeConfig, KeyeTextConfig, KeyeVisionConfig
 from .generation_keye import KeyeGenerationMixin
 from .indexer_objective_keye import LossScale, attach_objective, follow_loss, labelled_share
@@ -375,6 +375,7 @@ class KeyeTextModel(KeyePreTrainedModel):
         at_slot = isinstance(offset, torch.Tensor)
         if past_key_values is not None and not at_slot:
             adopt_growing_layers(past_key_values, self.config.num_hidden_layers, offset + num_queries)
+            refuse_full_cache(past_key_values, offset + num_queries)
         if isinstance(attention_mask, dict):
             attention_mask = next(iter(attention_mask.values()))
         if at_slot:
@@ -552,12 +553,14 @@ class KeyeModel(KeyePreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs):
+    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **kwargs):
         """Token features of images: `pooler_output` holds one [tokens, hidden] tensor per image."""
         return self._features(pixel_values, image_grid_thw, video=False, **kwargs)
 
     @can_return_tuple
-    def get_video_features(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **kwargs):
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor | None = None, **kwargs
+    ):
         """Token features of videos: `pooler_output` holds one [tokens, hidden] tensor per row of `video_grid_thw`.
 
         The tower runs over chunks of frames, so its memory does not grow with the video; only with
@@ -718,7 +721,8 @@ class KeyeModel(KeyePreTrainedModel):
         if int(places.sum()) != tokens.shape[0]:
             raise ValueError(
                 f"The prompt holds {int(places.sum())} {modality} placeholders, but the {modality} features are "
-                f"{tokens.shape[0]} tokens. Build the inputs with `KeyeProcessor`."
+                f"{tokens.shape[0]} tokens. Build the inputs with `KeyeProcessor`; behind a cache, give only the media "
+                "of the tokens that are not in it."
             )
         return tokens
 
@@ -785,11 +789,13 @@ class KeyeForVideoQA(KeyePreTrainedModel, KeyeGenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
-    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs):
+    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **kwargs):
         """See `KeyeModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
 
-    def get_video_features(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **kwargs):
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor | None = None, **kwargs
+    ):
         """See `KeyeModel.get_video_features`."""
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 

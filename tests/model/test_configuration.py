@@ -36,6 +36,7 @@ def rope(**extra) -> dict:
         ({"patch_size": 0}, "`patch_size` is 0; it must be at least 1"),
         ({"spatial_merge_size": 0}, "`spatial_merge_size` is 0; it must be at least 1"),
         ({"num_attention_heads": 0}, "`num_attention_heads` is 0; it must be at least 1"),
+        ({"num_channels": 1}, "`num_channels` is 1; frames come in three colours, so it must be 3"),
         ({"encode_chunk_patches": 0}, "`encode_chunk_patches` is 0; it must be at least 1"),
         ({"temporal_patch_size": 2}, "`temporal_patch_size` is 2; the Keye tower encodes each frame alone"),
         ({"video_attention": "window"}, "`video_attention` is 'window'; it must be one of 'frame', 'clip'"),
@@ -87,6 +88,10 @@ def test_contradictions_in_the_vision_part_are_refused(settings, sentence):
             )
         ),
         ({"local_window": -1}, "`local_window` is -1; it must be at least 0"),
+        ({"n_shared_experts": -1}, "`n_shared_experts` is -1; it must be at least 0"),
+        ({"intermediate_size": 0}, "`intermediate_size` is 0; it must be at least 1"),
+        ({"rms_norm_eps": -1.0}, "`rms_norm_eps` is -1.0; it must be a positive number"),
+        ({"pad_token_id": 129280}, "`pad_token_id` 129280 is outside the vocabulary of 129280"),
         ({**GQA, "num_attention_heads": 0}, "`num_attention_heads` is 0; it must be at least 1"),
         ({"attention_dropout": 0.1}, "`attention_dropout` is 0.1; the decoder has no attention dropout"),
         (
@@ -102,6 +107,10 @@ def test_contradictions_in_the_vision_part_are_refused(settings, sentence):
         ({**GQA, "num_key_value_heads": 3}, "`num_attention_heads` 4 is not a multiple of `num_key_value_heads` 3"),
         ({"qk_rope_head_dim": 63}, "The rotary dimension is 63; it must be even"),
         ({**GQA, "head_dim": 15}, "The rotary dimension is 15; it must be even"),
+        (
+            {"rope_parameters": rope(rope_type="dynamic", factor=2.0)},
+            "`rope_type` 'dynamic' chooses its frequencies by the length of a call",
+        ),
         ({"rope_parameters": rope(rope_type="mrope")}, "`rope_type` is 'mrope'; it must be one of default,"),
         ({**GQA, "rope_parameters": rope(mrope_section=[4, 4])}, "`mrope_section` [4, 4] must hold three numbers"),
         ({**GQA, "rope_parameters": rope(mrope_section=[2, 3, 4])}, "add up to half the rotary dimension (8)"),
@@ -167,6 +176,10 @@ def test_contradictions_in_the_text_part_are_refused(settings, sentence):
         ),
         ({"text_config": {"index_topk": 0}}, "`index_topk` is 0; it must be at least 1"),
         ({"vision_config": {"patch_size": 0}}, "`patch_size` is 0; it must be at least 1"),
+        (
+            {"text_config": {"model_type": "llama"}},
+            "`text_config` has the `model_type` 'llama'; it must be 'keye_text', or left out",
+        ),
     ],
 )
 def test_contradictions_between_the_parts_are_refused(settings, sentence):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from tests.model.factories import text_ids, tiny_model, video_inputs
 
@@ -64,6 +65,54 @@ def test_generate_continues_with_a_video(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("more", ["text", "video", "two videos"])
+def test_generate_takes_the_whole_conversation_behind_a_cache(kind, more):
+    """As the processor prepares it: media of earlier turns are in the cache and are not encoded again."""
+    model = tiny_model(kind)
+    options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    rows = [
+        merged(*(video_inputs(model.config, ((2, 4, 6),), seed=2 * row + turn) for turn in (0, 1))) for row in (0, 1)
+    ]
+    first = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+    first.pop("mm_token_type_ids")
+    answer = model.generate(**first, **options, return_dict_in_generate=True)
+    new = {"text": (), "video": ((3, 6, 4),), "two videos": ((1, 4, 4), (2, 4, 4))}[more]
+    turns = [video_inputs(model.config, new, seed=8 + row) for row in (0, 1)] if new else []
+    ids = torch.cat([turn["input_ids"] for turn in turns]) if new else text_ids(2, 9, seed=8)
+    ids = torch.cat([answer.sequences, ids], dim=1)
+    media = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for key in ("pixel_values_videos", "video_grid_thw"):
+        halves = first[key].chunk(2)
+        media[key] = torch.cat(
+            [x for row in (0, 1) for x in (halves[row], *(turn[key] for turn in turns[row : row + 1]))]
+        )
+    wanted = model.generate(**media, **options)
+    frames = []
+    encode = model.model.get_video_features
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            model.model, "get_video_features", lambda x, grid, **rest: (frames.append(grid), encode(x, grid, **rest))[1]
+        )
+        patch.setattr(model, "get_video_features", model.model.get_video_features)
+        found = model.generate(**media, **options, past_key_values=answer.past_key_values)
+    assert torch.equal(found, wanted)
+    assert sum(len(grid) for grid in frames) == 2 * len(new)
+
+
+def test_a_cache_that_ends_within_a_video_is_refused():
+    model = tiny_model("gqa")
+    inputs = video_inputs(model.config)
+    inputs.pop("mm_token_type_ids")
+    past = prefill(model, inputs).past_key_values
+    within = int((inputs["input_ids"] == model.config.video_token_id).nonzero()[2, 1])
+    past.crop(within - inputs["input_ids"].shape[1])
+    with pytest.raises(
+        ValueError, match="The cache ends within one of the videos .* Crop it to where the video begins"
+    ):
+        model.generate(**inputs, max_new_tokens=2, past_key_values=past)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_rope_deltas_follow_the_positions_that_were_used(kind):
     model = tiny_model(kind)
     inputs = video_inputs(model.config)
@@ -114,6 +163,11 @@ def test_incomplete_inputs_are_refused():
         model.generate(input_ids=inputs["input_ids"], max_new_tokens=2)
     with pytest.raises(ValueError, match="Pixels were passed without `video_grid_thw`"):
         model(input_ids=inputs["input_ids"], pixel_values_videos=inputs["pixel_values_videos"])
+    with pytest.raises(ValueError, match="Pixels were passed without `video_grid_thw`"):
+        model.generate(**{key: inputs[key] for key in ("input_ids", "pixel_values_videos")}, max_new_tokens=2)
+    small = StaticCache(config=model.config, max_cache_len=20)
+    with pytest.raises(ValueError, match="static cache holds 20 tokens, and with this input there are 21"):
+        model(text_ids(1, 21), past_key_values=small)
     with pytest.raises(ValueError, match="uint8"):
         model(**{**inputs, "pixel_values_videos": inputs["pixel_values_videos"].to(torch.uint8)})
     embeds = model.get_input_embeddings()(inputs["input_ids"])
