@@ -2,8 +2,8 @@
 
 import torch
 
+from benchmarks.gpu.attention_checks import random_lists
 from benchmarks.gpu.bench import Bench, relative_error
-from benchmarks.gpu.part_check_attention import random_lists
 from modeling_keye import sparse_reference_keye
 from modeling_keye.indexer_objective_keye import IndexerLoss
 from modeling_keye.triton_kl_dense_keye import dense_kl

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -28,10 +30,18 @@ def run(bench: Bench) -> None:
         return
     command = ["ncu", "--csv", "--clock-control", "none", "--profile-from-start", "off", "--metrics", ",".join(METRICS)]
     command += [sys.executable, "-m", "benchmarks.gpu.part_counters"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
-    table = done.stdout[done.stdout.find('"ID"') :]
-    if done.returncode or not table.startswith('"ID"'):
-        bench.missing("Nsight Compute", RuntimeError((done.stderr or done.stdout)[-300:]))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    try:
+        out, log = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired as error:
+        os.killpg(process.pid, signal.SIGKILL)  # the profiled process as well, which would go on beside the next part
+        process.communicate()
+        bench.missing("Nsight Compute", error)
+        return
+    table = out[out.find('"ID"') :]
+    if process.returncode or not table.startswith('"ID"'):
+        bench.missing("Nsight Compute", RuntimeError((log or out)[-300:]))
         return
     for name, values in counters(table).items():
         bench.record("counters", name, **values)
@@ -44,8 +54,12 @@ def counters(table: str) -> dict[str, dict[str, float]]:
         label = METRICS.get(row.get("Metric Name", ""))
         if label is None:
             continue
+        try:
+            value = float(row["Metric Value"].replace(",", ""))
+        except ValueError:  # n/a
+            continue
         values = found.setdefault(row["Kernel Name"].split("(")[0], {})
-        values[label] = max(values.get(label, 0.0), float(row["Metric Value"].replace(",", "")))
+        values[label] = max(values.get(label, 0.0), value)
     return found
 
 

@@ -2,9 +2,9 @@
 
 import torch
 
+from benchmarks.gpu.attention_checks import random_lists
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.lists import indexer
-from benchmarks.gpu.part_check_attention import random_lists
 from modeling_keye import ops_keye, triton_selection_keye
 from modeling_keye.sparse_attention_keye import Selection, select_tokens
 

@@ -31,7 +31,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # Parts of one stage run side by side; seconds each may take.
 STAGES = [
     {"device": 60},
-    {"check_selection": 150, "check_attention": 200, "check_losses": 150, "repeats": 150},
+    {"check_selection": 150, "check_mla": 200, "check_gqa": 200, "check_losses": 150, "repeats": 150},
     {"mla": 110},
     {"gqa": 140},
     {"selection": 90},
@@ -99,6 +99,14 @@ def cuda_is_there() -> bool:
     return torch.cuda.is_available()
 
 
+def said(*command: str) -> str:
+    """What a command prints, "unknown" where it fails or does not exist."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
 def environment(dry_run: bool, commit: str | None) -> dict:
     """Device, versions and commit, as every result records them. No driver means that there was no CUDA device."""
     import torch
@@ -107,10 +115,9 @@ def environment(dry_run: bool, commit: str | None) -> dict:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or "unknown"
+        driver = said(*asked)
     if commit is None:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        commit = answer.stdout.strip() or "unknown"
+        commit = said("git", "rev-parse", "HEAD")
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda, "driver": driver}
     for package in ("torch", "triton", "transformers"):
         try:

@@ -145,6 +145,7 @@ def _divergence_kernel(
         for i_part in tl.static_range(PARTS):
             part_ptr = target_ptr + i_part * tl.cast(part_stride, tl.int64)
             b_target += tl.load(part_ptr + o_entry, mask=kept, other=0.0)
+        tl.debug_barrier()  # threads that hold a copy of a place have read it before its owner writes
         b_log = tl.where(kept, b_log, 0.0)
         b_value += b_target * (tl.log(tl.where(b_target > 0.0, b_target, 1.0)) - b_log)
         tl.store(grad_ptr + o_place, tl.where(kept, tl.exp(b_log) - b_target, 0.0))

@@ -32,7 +32,8 @@ def test_dry_run_walks_every_part(tmp_path, monkeypatch, capsys):
     records = result["records"]
     assert {entry["part"] for entry in records if entry["kind"] == "check"} == {
         "check_selection",
-        "check_attention",
+        "check_mla",
+        "check_gqa",
         "check_losses",
         "repeats",
     }
@@ -52,6 +53,12 @@ def test_without_a_device_nothing_is_run(tmp_path, monkeypatch, capsys):
     assert "no CUDA device" in (said := capsys.readouterr().err) and "--dry-run" in said
     assert list(tmp_path.iterdir()) == []
     assert run_all.environment(False, "abc")["versions"]["driver"] is None
+
+
+def test_tools_that_are_not_there_leave_their_facts_unknown():
+    assert run_all.said("keye-no-such-tool", "--version") == "unknown"
+    assert run_all.said(sys.executable, "-c", "raise SystemExit(3)") == "unknown"
+    assert run_all.said(sys.executable, "-c", "print(580)") == "580"
 
 
 def test_a_part_that_crashes_or_hangs_costs_itself_only(tmp_path):
@@ -101,6 +108,7 @@ def test_counters_are_read_from_the_table_of_the_profiler():
     for value, metric in (("1,050.5", "sm__throughput"), ("20", "lts__throughput"), ("30.5", "lts__throughput")):
         table += f'"0","_kernel(float*)","{metric}.avg.pct_of_peak_sustained_elapsed","{value}"\n'
     table += '"0","_kernel(float*)","something else","5"\n'
+    table += '"1","_kernel(float*)","sm__throughput.avg.pct_of_peak_sustained_elapsed","n/a"\n'
     assert part_counters.counters(table) == {"_kernel": {"compute": 1050.5, "L2": 30.5}}
 
 

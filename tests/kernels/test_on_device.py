@@ -195,13 +195,16 @@ def compiled_step(model, token, cache):
 @pytest.mark.parametrize("kind", ["mla", "gqa"])
 @torch.no_grad()
 def test_decoding_steps_of_a_model_in_a_graph(kind, make_step):
-    """One graph for every slot of a static cache gives the hidden states of eager steps over a growing cache."""
+    """One graph for every slot of a static cache gives the hidden states of eager steps over a growing cache.
+
+    In float32: the compiler rounds in places of its own, and in 16 bits other tokens are selected now and then.
+    """
     torch._dynamo.reset()
     torch.manual_seed(0)
     rules = {"local_window": 8, "anchor_stride": 16, "num_hidden_layers": 2, "mlp_layer_types": ["dense"] * 2}
     rules |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     config = KeyeTextConfig(**TINY | rules | (GROUPED if kind == "gqa" else {}))
-    model = KeyeTextModel(config).eval().to("cuda", torch.float16)
+    model = KeyeTextModel(config).eval().to("cuda")
     tokens = torch.randint(0, config.vocab_size, (2, 160), device="cuda")
     growing, static = DynamicCache(config=config), StaticCache(config=config, max_cache_len=200)
     for cache in (growing, static):
@@ -210,7 +213,7 @@ def test_decoding_steps_of_a_model_in_a_graph(kind, make_step):
     for place in range(100, 160):
         token = tokens[:, place : place + 1]
         wanted = model(token, past_key_values=growing).last_hidden_state.double()
-        assert float((step(token).double() - wanted).norm() / wanted.norm()) < 1e-2, place
+        assert float((step(token).double() - wanted).norm() / wanted.norm()) < 1e-4, place
     assert int(static.get_seq_length()) == 160
     assert {layer.self_attn.backend_ran for layer in model.layers} == {"triton"}
     torch._dynamo.reset()

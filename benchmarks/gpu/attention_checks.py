@@ -1,4 +1,4 @@
-"""Sparse MLA and GQA, forward, split decode and backward, against the PyTorch backend in float64.
+"""How sparse attention, forward, split decode and backward, is checked against the PyTorch backend in float64.
 
 The error may be that of plain attention in the same dtype plus one rounding. Outputs and scratch memory are poisoned.
 """
@@ -65,41 +65,11 @@ def check(bench: Bench, name: str, inputs, indices, value_dim: int, dtype: torch
         bench.check(f"{name} lse", relative_error(lse[~blind], best[~blind]), allowed, dtype=str(dtype))
 
 
-def run(bench: Bench) -> None:
-    dtypes = [torch.float32] if bench.dry_run else [torch.float32, torch.float16, torch.bfloat16]
-    # heads, latent, rotary, places; heads, groups, head size, head size of values, places
-    latents = [(128, 512, 64, 2048), (64, 512, 64, 300), (20, 512, 64, 129), (16, 128, 32, 256)]
-    grouped = [(32, 4, 128, 128, 2048), (32, 8, 128, 128, 300), (4, 4, 48, 48, 129), (8, 1, 64, 96, 65)]
-    cases = {"prefill": (1, 70, 3000), "decode": (3, 1, 3000)}
+def calls(bench: Bench) -> list[tuple[str, torch.dtype, tuple[int, int, int]]]:
+    """Name, dtype, and (sequences, queries, keys) of what both kinds of attention are checked with."""
     if bench.dry_run:
-        latents, grouped = [(3, 32, 16, 8)], [(4, 2, 16, 16, 8)]
-        cases = {"prefill": (1, 3, 30), "decode": (2, 1, 30)}
-    for dtype in dtypes:
-        for case, (batch, num_queries, num_keys) in cases.items():
-            for heads, latent, rotary, places in latents:
-                q = bench.randn(batch, num_queries, heads, latent + rotary, dtype=dtype)
-                kv = bench.randn(batch, num_keys, latent + rotary, dtype=dtype)
-                indices = random_lists(bench, batch, num_queries, num_keys, places)
-                check(bench, f"mla {heads}x{latent}+{rotary} {case}", (q, kv), indices, latent, dtype)
-            for heads, groups, dim, value_dim, places in grouped:
-                q = bench.randn(batch, num_queries, heads, dim, dtype=dtype)
-                k = bench.randn(batch, groups, num_keys, dim, dtype=dtype)
-                v = bench.randn(batch, groups, num_keys, value_dim, dtype=dtype)
-                indices = random_lists(bench, batch, num_queries, num_keys, places)
-                check(bench, f"gqa {heads}/{groups}x{dim} {case}", (q, k, v), indices, value_dim, dtype)
-    if bench.dry_run:
-        return
-    # More queries than a grid's second axis holds, and more elements than 32 bits count.
-    q = bench.randn(1, 70_000, 2, 128)
-    kv = bench.randn(1, 70_000, 128)
-    slots = torch.arange(70_000, device=bench.device, dtype=torch.int32)
-    indices = torch.stack([slots - 1, slots], dim=-1)[None].contiguous()
-    out, _ = ops_keye.sparse_mla(q, kv, indices, SCALE, 96)
-    exact, _ = sparse_reference_keye.sparse_mla(q[:, -50:].double(), kv.double(), indices[:, -50:], SCALE, 96)
-    bench.check("mla 70,000 queries", relative_error(out[:, -50:], exact), 1e-2)
-    kv = torch.empty(1, 4_000_000, 576, dtype=torch.bfloat16, device=bench.device).normal_()  # 2.3e9 elements
-    indices = torch.arange(4_000_000 - 128, 4_000_000, device=bench.device, dtype=torch.int32)[None, None]
-    q = bench.randn(1, 1, 128, 576)
-    out, _ = ops_keye.sparse_mla(q, kv, indices, SCALE, 512)
-    exact, _ = sparse_reference_keye.sparse_mla(q.double(), kv[:, -128:].double(), indices - 3_999_872, SCALE, 512)
-    bench.check("mla 2^31 elements", relative_error(out, exact), 1e-2)
+        dtypes, sizes = [torch.float32], {"prefill": (1, 3, 30), "decode": (2, 1, 30)}
+    else:
+        dtypes = [torch.float32, torch.float16, torch.bfloat16]
+        sizes = {"prefill": (1, 70, 3000), "decode": (3, 1, 3000)}
+    return [(name, dtype, size) for dtype in dtypes for name, size in sizes.items()]
