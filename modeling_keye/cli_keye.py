@@ -80,6 +80,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (default: the process's own) and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if not _writes_unicode(stream):  # an answer that cost minutes is written, whatever the terminal can show
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             return _run(argv)
@@ -90,6 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What stdout still holds is written when the process ends, and must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+
+
+def _writes_unicode(stream: Any) -> bool:
+    return (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -167,7 +174,7 @@ def _ask(args: argparse.Namespace) -> int:
         device = _check_device(args.device)
         answer = _answer(args, folder, question, device)
     if args.json:
-        print(json.dumps(answer, ensure_ascii=False))
+        print(json.dumps(answer, ensure_ascii=not _writes_unicode(sys.stdout)))
     else:
         print(answer["answer"])
         times = ", ".join(f"{frame['time']:.1f}" for frame in answer["frames"])
@@ -252,6 +259,10 @@ def _check_question(question: str) -> str:
     question = question.strip()
     if not question:
         raise InputError("the question is empty; write what you want to know about the video")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise InputError("the question is not UTF-8 text; check the terminal's or the script's encoding") from error
     control = CONTROL_TOKEN.search(question)
     if control:
         raise InputError(

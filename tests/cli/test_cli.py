@@ -118,6 +118,23 @@ def test_as_a_command(clip, tiny_checkpoint):
     assert "frames at (seconds): 0.0, 0.5" in done.stdout and done.stderr == ""
 
 
+def test_a_terminal_that_shows_ascii_only(clip, tiny_checkpoint, tmp_path):
+    named = shutil.copy(clip, tmp_path / "vidéo.mp4")
+    command = [sys.executable, "-m", "modeling_keye", "ask", named, QUESTION, "--model", tiny_checkpoint, "--json"]
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode("ascii"))["video"] == str(named)
+
+
+def test_a_question_that_is_no_text_is_refused(refused, clip):
+    assert "not UTF-8 text" in refused("ask", clip, "what \udcff")
+
+
 def test_info(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
