@@ -40,6 +40,7 @@ from .layouts_keye import detect_layout
 from .modeling_keye import KeyeForVideoQA
 from .processing_keye import KeyeProcessor
 from .sparse_attention_keye import BACKENDS, resolve_backend
+from .video_download_keye import is_address, local_path
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -274,8 +275,9 @@ def _check_question(question: str) -> str:
 
 def _check_video_path(path: str) -> None:
     """Only what needs no decoder; the reader says the rest."""
-    if path.startswith(("http://", "https://")):
+    if is_address(path):
         return
+    path = local_path(path)
     if not os.path.exists(path):
         raise InputError(f"there is no video file at {path}; check the path")
     if not os.path.isfile(path):

@@ -9,6 +9,7 @@ from transformers.image_utils import load_image, validate_kwargs
 from transformers.processing_utils import ImagesKwargs
 
 from .frame_budget_keye import DEFAULT_FAMILY, family_budget, refuse_unsupported, resize_pixels, smart_resize
+from .video_download_keye import local_path
 from .video_processing_keye import frame_to_tensor, normalize_pixels, to_patches
 
 
@@ -60,7 +61,7 @@ class KeyeImageProcessor(BaseImageProcessor):
         if not isinstance(image_url_or_urls, str):
             return image_url_or_urls
         try:
-            return load_image(image_url_or_urls.removeprefix("file://"))
+            return load_image(local_path(image_url_or_urls))
         except ValueError as error:
             if image_url_or_urls.startswith("data:"):
                 raise

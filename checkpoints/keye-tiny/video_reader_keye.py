@@ -7,10 +7,6 @@ installed and loads, it decodes instead, and PyAV takes over as soon as a frame'
 """
 
 import os
-import shutil
-import tempfile
-import urllib.error
-import urllib.request
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +14,8 @@ from typing import Any
 
 import av
 import torch
+
+from .video_download_keye import DownloadError, download, is_address, local_path
 
 try:
     from torchcodec.decoders import VideoDecoder
@@ -136,16 +134,13 @@ class VideoReader:
         return [kept[int(index)] for index in indices]
 
     def _local_path(self, source: str) -> str:
-        if source.startswith(("http://", "https://")):
-            handle, self._download = tempfile.mkstemp(suffix=os.path.splitext(source.split("?")[0])[1])
+        if is_address(source):
             try:
-                with urllib.request.urlopen(source) as response, os.fdopen(handle, "wb") as target:
-                    shutil.copyfileobj(response, target)
-            except (urllib.error.URLError, OSError) as error:
-                self.close()
-                raise VideoNotFoundError(f"cannot download the video {source}: {error}.") from error
+                self._download = download(source)
+            except DownloadError as error:
+                raise VideoNotFoundError(f"cannot download the video {source[:200]}: {error}.") from error
             return self._download
-        path = source.removeprefix("file://")
+        path = local_path(source)
         if os.path.isdir(path):
             raise NotAVideoError(f"{path} is a folder; give the path of one video file.")
         if not os.path.isfile(path):

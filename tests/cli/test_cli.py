@@ -149,6 +149,17 @@ def test_missing_file(refused, tmp_path):
     assert "there is no video file at" in refused("ask", tmp_path / "absent.mp4", QUESTION)
 
 
+def test_file_uri(ask, refused, clip, tmp_path, tiny_checkpoint):
+    copy = shutil.copy(clip, tmp_path / "my clip.mp4")
+    ask(copy.as_uri(), QUESTION, "--model", tiny_checkpoint, "--max-new-tokens", 1)
+    assert "there is no video file at" in refused("ask", (tmp_path / "no clip.mp4").as_uri(), QUESTION)
+
+
+def test_address_in_capitals(refused, tiny_checkpoint):
+    address = "HTTP://127.0.0.1:port/clip.mp4"
+    assert "cannot download the video" in refused("ask", address, QUESTION, "--model", tiny_checkpoint)
+
+
 def test_folder_instead_of_file(refused, tmp_path):
     assert "is not a file" in refused("ask", tmp_path, QUESTION)
 

@@ -53,9 +53,10 @@ def test_every_form_of_one_image_gives_the_same(image_processor):
 
 
 def test_paths_and_missing_paths(image_processor, tmp_path):
-    Image.fromarray(gradient()).save(tmp_path / "image.png")
+    Image.fromarray(gradient()).save(tmp_path / "my image.png")
     expected = image_processor(gradient())["pixel_values"]
-    for path in (tmp_path / "image.png", str(tmp_path / "image.png")):
+    place = tmp_path / "my image.png"
+    for path in (place, str(place), f"file://{place}", place.as_uri()):
         assert torch.equal(image_processor(path)["pixel_values"], expected)
     with pytest.raises(FileNotFoundError, match="there is no image at"):
         image_processor(str(tmp_path / "nothing.png"))
