@@ -7,6 +7,7 @@ installed and loads, it decodes instead, and PyAV takes over as soon as a frame'
 """
 
 import os
+import struct
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -295,10 +296,10 @@ class VideoReader:
                 frames=0,
                 seconds=0.0,
             )
-        if self._pts is None or frame.rotation:
+        turns, mirrored = _orientation(frame)
+        if self._pts is None or frame.rotation or mirrored:
             self.backend = "pyav"
-        turned = frame.rotation % 180 != 0
-        self.height, self.width = (frame.width, frame.height) if turned else (frame.height, frame.width)
+        self.height, self.width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
 
     def _decode_all(self) -> Iterator[Any]:
         container, stream = self._open()
@@ -402,9 +403,21 @@ def _threads() -> int:
     return min(MAX_DECODING_THREADS, os.cpu_count() or 1)
 
 
+def _orientation(frame: Any) -> tuple[int, bool]:
+    """Quarter turns counter-clockwise that show a frame upright, and whether it is flipped top to bottom before."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    mirrored = False
+    if matrix is not None:
+        right_x, right_y, _, down_x, down_y, *_ = struct.unpack("=9i", bytes(matrix))
+        mirrored = right_x * down_y < right_y * down_x
+    # The angle is that of the matrix's first row, which a flip from top to bottom leaves as it is.
+    return round(frame.rotation / 90) % 4, mirrored
+
+
 def _upright_rgb(frame: Any) -> torch.Tensor:
     picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-    return torch.rot90(picture, round(frame.rotation / 90) % 4, dims=(1, 2))
+    turns, mirrored = _orientation(frame)
+    return torch.rot90(picture.flip(1) if mirrored else picture, turns, dims=(1, 2))
 
 
 def _declared_seconds(container: Any, stream: Any) -> float:

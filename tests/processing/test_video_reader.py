@@ -1,5 +1,6 @@
 """The reader's frames and times against a plain decode of the whole file, and its errors."""
 
+import struct
 import subprocess
 import sys
 import threading
@@ -147,6 +148,34 @@ def test_rotated_streams_come_upright(clip, rotation):
         # The display matrix turns counter-clockwise, as np.rot90 does.
         upright = np.rot90(plain[7], rotation // 90)
         np.testing.assert_array_equal(reader.read([7])[0].permute(1, 2, 0).numpy(), upright)
+
+
+# The four numbers a, b, c, d of a display matrix: a pixel at (x, y) is shown at (a x + c y, b x + d y).
+MATRICES = {
+    "horizontal flip": ((-1, 0, 0, 1), lambda frame: frame[:, ::-1]),
+    "vertical flip": ((1, 0, 0, -1), lambda frame: frame[::-1]),
+    "transpose": ((0, 1, 1, 0), lambda frame: frame.transpose(1, 0, 2)),
+    "other diagonal": ((0, -1, -1, 0), lambda frame: frame[::-1, ::-1].transpose(1, 0, 2)),
+    "quarter turn clockwise": ((0, 1, -1, 0), lambda frame: np.rot90(frame, -1)),
+    "half turn": ((-1, 0, 0, -1), lambda frame: frame[::-1, ::-1]),
+    "45 degrees": ((0.70711, 0.70711, -0.70711, 0.70711), lambda frame: frame),
+    "60 degrees": ((0.5, 0.86603, -0.86603, 0.5), lambda frame: np.rot90(frame, -1)),
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_mirrored_and_slanted_display_matrices(clip, name):
+    (a, b, c, d), shown = MATRICES[name]
+    path = clip()
+    data = bytearray(path.read_bytes())
+    # Version 0 of the box: the matrix of nine numbers, 16 bits after the point, lies 40 bytes behind its name.
+    start = data.index(b"tkhd") + 44
+    data[start : start + 36] = struct.pack(">9i", *(round(x * 65536) for x in (a, b, 0, c, d, 0)), 0, 0, 1 << 30)
+    path.write_bytes(data)
+    expected = shown(decode_all(path)[7])
+    with VideoReader(path) as reader:
+        assert (reader.height, reader.width) == expected.shape[:2]
+        np.testing.assert_array_equal(reader.read([7])[0].permute(1, 2, 0).numpy(), expected)
 
 
 def test_transform_runs_in_order_once_per_frame_and_progress_counts(clip):
