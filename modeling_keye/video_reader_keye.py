@@ -11,6 +11,7 @@ import struct
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import av
@@ -24,7 +25,7 @@ except (ImportError, OSError, RuntimeError):  # absent, FFmpeg's libraries not f
     VideoDecoder = None
 
 # Codecs in which every packet yields exactly one picture. For others (hidden VP8 frames, packed MPEG-4 frames) the
-# timestamps come from decoding once.
+# timestamps come from decoding once, as for interlaced H.264, where a packet may hold one of a frame's two fields.
 ONE_FRAME_PER_PACKET = {"h264", "hevc", "vvc", "vp9", "av1", "mjpeg", "ffv1", "prores"}
 
 # Text and still images that FFmpeg would open as one-frame videos.
@@ -64,6 +65,25 @@ class TruncatedVideoError(VideoReadError):
         super().__init__(message)
         self.frames = frames
         self.seconds = seconds
+
+
+@dataclass
+class Packets:
+    """What a pass over a file's packets finds.
+
+    `shown`: the frames' timestamps, sorted, or None where the packets do not tell; `keys`: (pts, seek timestamp) of
+    keyframes; `expected`: packets that the file promises; `found`: packets it has; `corrupt`: those marked so;
+    `failed`: those not decoded, where all were tried; `stopped`: whether the file ends where it must not.
+    """
+
+    shown: array | None = None
+    keys: list[tuple[int, int]] = field(default_factory=list)
+    expected: int = 0
+    found: int = 0
+    corrupt: int = 0
+    failed: int = 0
+    last_duration: int = 0
+    stopped: bool = False
 
 
 class VideoReader:
@@ -187,57 +207,67 @@ class VideoReader:
             self.codec = stream.codec_context.name
             self._stream_index = stream.index
             self._time_base = float(stream.time_base)
-            shown, keys, expected, seen, last_duration = self._scan_packets(container, stream)
+            packets = self._scan_packets(container, stream)
             header_fps = float(stream.average_rate or stream.guessed_rate or 0)
             declared = _declared_seconds(container, stream)
             self._seek_by_pts = "matroska" in container.format.name
-        exact = self.codec in ONE_FRAME_PER_PACKET and shown is not None
-        if not exact:
-            shown = self._scan_frames()
-        self._linear = shown is None
-        self._keys: list[tuple[int, int]] = [] if shown is None else keys
-        self._pts = shown
-        if shown is not None:
-            self.total_num_frames = len(shown)
+            packets.stopped |= container.format.name == "gif" and not _gif_is_whole(self._path)
+        first = next(self._decode_all(), None)
+        in_fields = self.codec == "h264" and first is not None and first.interlaced_frame
+        self._pts, self._keys = packets.shown, packets.keys
+        if self._pts is not None and self.codec in ONE_FRAME_PER_PACKET and not in_fields:
+            self.total_num_frames = len(self._pts)
         else:
-            self.total_num_frames = sum(1 for _ in self._decode_all())
+            self.total_num_frames, self._pts, packets.failed = self._scan_frames()
+            # Second fields are no frames to jump to.
+            self._keys = [] if self._pts is None else [key for key in self._keys if self._index_of(key[0]) is not None]
+        self._linear = self._pts is None
         if self.total_num_frames == 0:
-            if seen or expected:
+            promised = max(packets.found, packets.expected)
+            if promised:
                 raise TruncatedVideoError(
-                    f"{self.source} is truncated or damaged: 0 of {max(seen, expected)} frames (0.0 s) could be read.",
+                    f"{self.source} is truncated or damaged: 0 of {promised} frames (0.0 s) could be read.",
                     frames=0,
                     seconds=0.0,
                 )
             raise EmptyVideoError(f"{self.source} has a video stream without a single frame.")
-        self._set_times(header_fps, last_duration)
-        if expected > seen or declared - self._end > max(1.0, 0.02 * declared):
-            frames = (
-                f"{self.total_num_frames} of {expected} frames"
-                if expected > seen
-                else f"{self.total_num_frames} frames"
-            )
-            total = f" of {declared:.1f} s" if declared else ""
-            raise TruncatedVideoError(
-                f"{self.source} is truncated: only {frames} ({self.duration:.1f} s{total}) could be read; copy or "
-                "download it again.",
-                frames=self.total_num_frames,
-                seconds=self.duration,
-            )
-        self._measure_first_frame()
+        self._set_times(header_fps, 0 if in_fields else packets.last_duration)
+        self._refuse_incomplete(packets, declared)
+        self._measure_first_frame(first)
 
-    def _scan_packets(self, container: Any, stream: Any) -> tuple[array | None, list[tuple[int, int]], int, int, int]:
-        """Sorted timestamps or None, (pts, seek timestamp) of keyframes, packets promised and found, last duration."""
+    def _refuse_incomplete(self, packets: Packets, declared: float) -> None:
+        # A packet that fails to decode where no frame is missing held no picture.
+        failed = packets.failed if packets.found > self.total_num_frames else 0
+        unusable = max(packets.corrupt, failed)
+        frames = min(self.total_num_frames, packets.found - unusable)
+        seconds = self.times[frames] if frames < self.total_num_frames else self.duration
+        missing = packets.expected > packets.found - packets.corrupt
+        if missing or packets.stopped or declared - self._end > max(1.0, 0.02 * declared):
+            of_frames = f" of {packets.expected}" if missing else ""
+            of_seconds = f" of {declared:.1f} s" if declared else ""
+            state = f"truncated: only {frames}{of_frames} frames ({seconds:.1f} s{of_seconds}) could be read"
+        elif unusable:
+            state = (
+                f"damaged: {unusable} of {packets.found} packets could not be used, and {frames} frames "
+                f"({seconds:.1f} s) could be read"
+            )
+        else:
+            return
+        raise TruncatedVideoError(
+            f"{self.source} is {state}; copy or download it again.", frames=frames, seconds=seconds
+        )
+
+    def _scan_packets(self, container: Any, stream: Any) -> Packets:
         shown, keys = array("q"), []
-        seen = last_duration = 0
-        complete = True
+        packets = Packets()
         try:
             for packet in container.demux(stream):
                 if packet.size == 0:
                     continue
+                packets.found += 1
                 if packet.is_corrupt:
-                    complete = False
+                    packets.corrupt += 1
                     continue
-                seen += 1
                 if packet.pts is None:
                     shown = None
                 if shown is None:
@@ -246,31 +276,37 @@ class VideoReader:
                     keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
                 if not packet.is_discard:
                     shown.append(packet.pts)
-                    last_duration = packet.duration or last_duration
+                    packets.last_duration = packet.duration or packets.last_duration
         except av.FFmpegError:
-            complete = False
+            packets.stopped = True
         # An MP4 file lists all its packets up front; other formats do not say.
-        is_mp4 = "mp4" in container.format.name
-        expected = len(stream.index_entries) if is_mp4 else 0
-        if not complete:
-            expected = max(expected, seen + 1)
-        if shown is not None:
+        if "mp4" in container.format.name:
+            packets.expected = len(stream.index_entries)
+        # Some containers (AVI, ASF, MXF) store the order of decoding alone. The timestamps that FFmpeg makes up for
+        # them never go back, although frames change places, so neither they nor those of keyframes are of use.
+        if shown is not None and not (stream.codec_context.has_b_frames and _ascending(shown)):
             keys.sort()
             # Leading pictures before the first keyframe cannot be decoded and never appear.
             first = keys[0][0] if keys else 0
             shown = array("q", sorted(pts for pts in shown if pts >= first))
-            if any(left == right for left, right in zip(shown, shown[1:], strict=False)):
-                shown = None
-        return shown, keys, expected, seen, last_duration
+            packets.keys = keys
+            packets.shown = shown if _ascending(shown) else None
+        return packets
 
-    def _scan_frames(self) -> array | None:
-        """Timestamps of all frames by decoding once; None if some frame has none or two share one."""
-        shown = array("q")
-        for frame in self._decode_all():
-            if frame.pts is None or (shown and frame.pts <= shown[-1]):
-                return None
-            shown.append(frame.pts)
-        return shown
+    def _scan_frames(self) -> tuple[int, array | None, int]:
+        """By decoding once: the number of frames, their timestamps (None if they do not ascend), failed packets."""
+        count, shown = 0, array("q")
+        failures: list[int | None] = []
+        for frame in self._decode_all(failures):
+            if count == 0:
+                # A stream that was cut out of a longer one begins with pictures that refer to what is not there.
+                failures.clear()
+            count += 1
+            if shown is not None and frame.pts is not None and (not shown or frame.pts > shown[-1]):
+                shown.append(frame.pts)
+            else:
+                shown = None
+        return count, shown, len(failures)
 
     def _set_times(self, header_fps: float, last_duration: int) -> None:
         count = self.total_num_frames
@@ -288,8 +324,7 @@ class VideoReader:
         self.duration = self.times[-1] + (last_duration * self._time_base or 1 / self.fps)
         self._end = start * self._time_base + self.duration
 
-    def _measure_first_frame(self) -> None:
-        frame = next(self._decode_all(), None)
+    def _measure_first_frame(self, frame: Any) -> None:
         if frame is None:
             raise TruncatedVideoError(
                 f"{self.source} is damaged: 0 of {self.total_num_frames} frames (0.0 s) could be decoded.",
@@ -301,10 +336,10 @@ class VideoReader:
             self.backend = "pyav"
         self.height, self.width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
 
-    def _decode_all(self) -> Iterator[Any]:
+    def _decode_all(self, failures: list[int | None] | None = None) -> Iterator[Any]:
         container, stream = self._open()
         with container:
-            yield from _decode(container, stream, from_keyframe=False)
+            yield from _decode(container, stream, from_keyframe=False, failures=failures)
 
     def _torchcodec(self, targets: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
         """(index, picture) for ascending targets; stops early where torchcodec and the list of frames differ."""
@@ -379,8 +414,14 @@ class VideoReader:
         )
 
 
-def _decode(container: Any, stream: Any, from_keyframe: bool) -> Iterator[Any]:
-    """All frames from the present place on; packets that cannot be decoded are passed over."""
+def _ascending(values: Sequence[int]) -> bool:
+    return all(left < right for left, right in zip(values, values[1:], strict=False))
+
+
+def _decode(
+    container: Any, stream: Any, from_keyframe: bool, failures: list[int | None] | None = None
+) -> Iterator[Any]:
+    """All frames from the present place on; packets that fail are passed over, and added to `failures`."""
     waiting = from_keyframe
     packets = container.demux(stream)
     while True:
@@ -396,7 +437,8 @@ def _decode(container: Any, stream: Any, from_keyframe: bool) -> Iterator[Any]:
         try:
             yield from packet.decode()
         except av.FFmpegError:
-            continue
+            if failures is not None:
+                failures.append(packet.pts)
 
 
 def _threads() -> int:
@@ -436,3 +478,27 @@ def _declared_seconds(container: Any, stream: Any) -> float:
 def _looks_like_mp4(path: str) -> bool:
     with open(path, "rb") as file:
         return file.read(12)[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide")
+
+
+def _gif_is_whole(path: str) -> bool:
+    """Whether the blocks of a GIF lead to its end mark; what follows the mark does not matter."""
+    with open(path, "rb") as file:
+
+        def skip_colours(flags: bytes) -> None:
+            if flags and flags[0] & 0x80:
+                file.seek(3 * 2 ** ((flags[0] & 7) + 1), os.SEEK_CUR)
+
+        skip_colours(file.read(13)[10:11])
+        while kind := file.read(1):
+            if kind == b"\x3b":
+                return True
+            if kind == b"\x2c":
+                skip_colours(file.read(9)[8:])
+                file.seek(1, os.SEEK_CUR)
+            elif kind == b"\x21":
+                file.seek(1, os.SEEK_CUR)
+            else:
+                continue
+            while (size := file.read(1)) and size != b"\0":
+                file.seek(size[0], os.SEEK_CUR)
+    return False

@@ -1,9 +1,11 @@
 """The reader's frames and times against a plain decode of the whole file, and its errors."""
 
+import re
 import struct
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -70,6 +72,60 @@ def test_frames_equal_a_full_decode(clip, name):
     size = (72, 88) if codec == "libsvtav1" else (64, 80)
     path = clip(file, codec=codec, count=60, size=size, options=options, container_options=movflags)
     check_against_full_decode(path)
+
+
+@pytest.mark.parametrize("name", ["clip.avi", "clip.asf", "clip.mxf"])
+def test_containers_that_store_the_order_of_decoding_alone(clip, name):
+    path = clip(name, count=60, fps=25, options={"bf": "2", "g": "20"})
+    reader = check_against_full_decode(path, list(range(0, 60, 7)))
+    np.testing.assert_allclose(reader.times, np.arange(60) / 25, atol=1e-6)
+
+
+@pytest.mark.parametrize("b_frames", ["0", "2"])
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.flv", "clip.ts"])
+def test_containers_with_times_of_their_own_are_listed_without_decoding(clip, monkeypatch, name, b_frames):
+    path = clip(name, options={"bf": b_frames, "g": "20"})
+    monkeypatch.setattr(VideoReader, "_scan_frames", lambda self: pytest.fail("decoded the whole file"))
+    with VideoReader(path) as reader:
+        assert reader.total_num_frames == 40 and reader._keys
+
+
+def h264_of_two_fields(path: Path, count: int) -> Path:
+    """Uncompressed H.264 of 16 x 32 pixels; each of a frame's two fields, of one macroblock, is a packet of its own."""
+
+    def number(value: int) -> str:
+        return "0" * ((value + 1).bit_length() - 1) + f"{value + 1:b}"
+
+    def unit(kind: int, bits: str) -> bytes:
+        bits += "1"
+        bits += "0" * (-len(bits) % 8)
+        return b"\0\0\0\1" + bytes([kind]) + int(bits, 2).to_bytes(len(bits) // 8, "big")
+
+    sequence = f"{77:08b}{0:08b}{10:08b}" + "".join(map(number, (0, 0, 2, 1))) + "0" + number(0) * 2 + "00100"
+    data = unit(0x67, sequence) + unit(0x68, "11001110001110000")
+    for index in range(2 * count):
+        bits = number(0) + number(7) + number(0) + f"{index // 2 % 16:04b}1{index % 2}"
+        bits += number(0) + "00" if index == 0 else "0"
+        bits += "1" + number(25)
+        bits += "0" * (-len(bits) % 8) + f"{16 + index // 2 * 4:08b}" * 256 + f"{128:08b}" * 128
+        data += unit(0x65 if index == 0 else 0x61, bits)
+    raw = path.with_suffix(".h264")
+    raw.write_bytes(data)
+    with av.open(str(raw)) as reading, av.open(str(path), "w") as writing:
+        stream = writing.add_stream_from_template(reading.streams.video[0])
+        for index, packet in enumerate(packet for packet in reading.demux(video=0) if packet.size):
+            packet.stream, packet.time_base, packet.pts, packet.dts = stream, Fraction(1, 50), index, index
+            packet.duration = 1
+            writing.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("name", ["clip.ts", "clip.mkv", "clip.mp4"])
+def test_two_packets_of_fields_are_one_frame(tmp_path, name):
+    reader = check_against_full_decode(h264_of_two_fields(tmp_path / name, 40))
+    assert reader.total_num_frames == 40
+    np.testing.assert_allclose(reader.times, np.arange(40) / 25, atol=2e-3)
+    assert reader.fps == pytest.approx(25, rel=0.05) and reader.duration == pytest.approx(1.6, abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["bikes", "carphone_pristine", "bigbuckbunny"])
@@ -324,6 +380,60 @@ def test_truncated_matroska(clip, tmp_path):
     with pytest.raises(TruncatedVideoError, match=r"only \d+ (of \d+ )?frames \(\d\.\d s of 6.0 s\)") as error:
         VideoReader(tmp_path / "half.mkv")
     one_sentence(error)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("whole.avi", "mpeg4"), ("whole.flv", "flv")])
+def test_a_cut_packet_is_not_counted_as_read(clip, name, codec):
+    whole = clip(name, codec=codec, count=20)
+    with av.open(str(whole)) as container:
+        place = [packet.pos + packet.size // 2 for packet in container.demux(video=0) if packet.size][14]
+    path = whole.with_stem("cut")
+    path.write_bytes(whole.read_bytes()[:place])
+    with pytest.raises(TruncatedVideoError, match=r"damaged: 1 of \d+ packets could not be used") as error:
+        VideoReader(path)
+    one_sentence(error)
+    found, read = map(
+        int, re.search(r"1 of (\d+) packets could not be used, and (\d+) frames", str(error.value)).groups()
+    )
+    assert read == found - 1 == error.value.frames and error.value.seconds == pytest.approx(read / 10)
+
+
+def test_joined_transport_streams_say_what_is_wrong(clip, tmp_path):
+    data = clip("whole.ts").read_bytes()
+    (tmp_path / "joined.ts").write_bytes(data + data)
+    with pytest.raises(TruncatedVideoError, match=r"damaged: 1 of 80 packets could not be used, and 79 fr") as error:
+        VideoReader(tmp_path / "joined.ts")
+    one_sentence(error)
+
+
+def test_a_packet_that_fails_on_the_way_is_damage(clip, tmp_path):
+    path = clip("whole.webm", codec="libvpx", options={"deadline": "realtime", "auto-alt-ref": "0"})
+    with av.open(str(path)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    data = path.read_bytes()
+    # The first three bytes of a VP8 frame say how long its first part is.
+    (tmp_path / "damaged.webm").write_bytes(data.replace(packets[20], b"\xff\xff\xff" + packets[20][3:]))
+    with pytest.raises(TruncatedVideoError, match=r"damaged: 1 of 40 packets could not be used, and 39 fr") as error:
+        VideoReader(tmp_path / "damaged.webm")
+    one_sentence(error)
+
+
+def test_a_gif_must_have_its_end_mark(tmp_path):
+    from PIL import Image
+
+    frames = [Image.fromarray(picture(index, 64, 80)) for index in range(10)]
+    frames[0].save(tmp_path / "whole.gif", save_all=True, append_images=frames[1:], duration=100)
+    data = (tmp_path / "whole.gif").read_bytes()
+    (tmp_path / "longer.gif").write_bytes(data + b"\0\0\0")
+    (tmp_path / "cut.gif").write_bytes(data[: len(data) * 2 // 3])
+    (tmp_path / "unmarked.gif").write_bytes(data[:-1])
+    for name in ("whole.gif", "longer.gif"):
+        with VideoReader(tmp_path / name) as reader:
+            assert reader.total_num_frames == 10
+    for name in ("cut.gif", "unmarked.gif"):
+        with pytest.raises(TruncatedVideoError, match=r"truncated: only \d+ frames \(\d\.\d s\)") as error:
+            VideoReader(tmp_path / name)
+        one_sentence(error)
 
 
 def test_a_damaged_middle_names_the_frame(clip, tmp_path):
