@@ -9,8 +9,8 @@ from transformers.image_utils import load_image, validate_kwargs
 from transformers.processing_utils import ImagesKwargs
 
 from .frame_budget_keye import DEFAULT_FAMILY, family_budget, refuse_unsupported, resize_pixels, smart_resize
+from .pixels_keye import frame_to_tensor, normalize_pixels, to_patches
 from .video_download_keye import local_path
-from .video_processing_keye import frame_to_tensor, normalize_pixels, to_patches
 
 
 class KeyeImagesKwargs(ImagesKwargs, total=False):

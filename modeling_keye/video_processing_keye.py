@@ -1,7 +1,9 @@
 """Videos to patches: which frames, how large, at what times. Pure torch and PyAV, no torchvision."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from os import PathLike, fspath
 from typing import Any
 
@@ -30,6 +32,7 @@ from .frame_budget_keye import (
     smart_resize,
     spread_indices,
 )
+from .pixels_keye import frame_to_tensor, normalize_pixels, to_patches
 from .video_reader_keye import VideoReader
 
 PIXEL_DTYPES = ("float32", "bfloat16", "float16")
@@ -49,7 +52,10 @@ class KeyeVideosKwargs(VideosKwargs, total=False):
     slow_fast (`bool`): give frames that resemble the one before fewer tokens.
     min_frame_similarity (`float`): from this similarity on a frame is a fast one.
     adaptive (`bool`): let a short video use only a part of max_video_tokens.
-    timestamps (`list[float]` or one list per video): times in seconds of frames already decoded.
+    timestamps (`list[float]` or one list per video): times in seconds of frames already decoded, none negative and none
+        lower than the one before. None for a file, which says its times itself.
+    video_metadata (`dict`, `VideoMetadata` or one per video): what is known about frames already decoded: `fps` of the
+        video they come from, `frames_indices` in it, `total_num_frames`, `duration`. None for a file.
     videos_per_prompt (`list[int]`): for every video, how many videos its prompt holds.
     pixel_dtype (`str`): dtype of pixel_values_videos: "float32", "bfloat16" or "float16".
     patch_size, merge_size (`int`): side of a patch in pixels, side of a token in patches.
@@ -174,17 +180,15 @@ class KeyeVideoProcessor(BaseVideoProcessor):
         options.update({name: value for name, value in call.items() if name in options and value is not None})
         refuse_unsupported(options)
         for name in ("num_frames", "min_frames", "max_frames"):
-            if options[name] is not None and options[name] < 1:
-                raise ValueError(f"{name}={options[name]} must be a positive number of frames.")
+            if options[name] is not None and not (isinstance(options[name], Real) and options[name] >= 1):
+                raise ValueError(f"{name}={options[name]!r} must be a positive number of frames.")
         if options["pixel_dtype"] not in PIXEL_DTYPES:
             raise ValueError(f"pixel_dtype={options['pixel_dtype']!r} must be one of {', '.join(PIXEL_DTYPES)}.")
         return options
 
     def _budget(self, options: dict) -> FrameBudget:
         token_pixels = _factor(options) ** 2
-        fps = options["fps"]
-        if fps is not None and not fps > 0:
-            raise ValueError(f"fps={fps} must be a positive number of frames per second.")
+        fps = _checked_rate("fps", options["fps"])
         return family_budget(
             options["family"],
             fps=fps,
@@ -224,6 +228,12 @@ class KeyeVideoProcessor(BaseVideoProcessor):
     def _load(self, video: Any, options: dict) -> tuple[list[torch.Tensor], KeyeVideoMetadata]:
         """The chosen frames [3, H, W], not larger than their final size, and what is known about them."""
         if isinstance(video, (str, PathLike)):
+            for name in ("timestamps", "video_metadata"):
+                if options[name] is not None:
+                    raise ValueError(
+                        f"{name} was given for {fspath(video)[:200]}, but a file says its times itself; leave {name} "
+                        "out (None in a list with one entry per video), or give the frames decoded."
+                    )
             return self._load_file(fspath(video), options)
         return self._load_frames(video, options)
 
@@ -275,17 +285,19 @@ class KeyeVideoProcessor(BaseVideoProcessor):
         times, indices = options["timestamps"], known.get("frames_indices")
         if times is None:
             times = known.get("frame_times", known.get("timestamps"))
-        source_fps = known.get("fps")
+        source_fps = _checked_rate("video_metadata fps", known.get("fps"))
         sample = options["do_sample_frames"] and times is None and indices is None
         if source_fps is None and options["fps"] is not None:
             # Nothing else says how fast these frames follow each other, so fps does.
-            source_fps = float(options["fps"])
+            source_fps = float(_checked_rate("fps", options["fps"]))
             options = {**options, "fps": None}
             sample = sample and options["num_frames"] is not None
-        indices = list(range(len(frames))) if indices is None else [int(index) for index in indices]
-        for name, values in (("timestamps", times), ("frames_indices", indices)):
-            if values is not None and len(values) != len(frames):
-                raise ValueError(f"{len(frames)} frames were given, but {name} has {len(values)} entries.")
+        if times is not None:
+            times = _checked_order("timestamps", times, len(frames))
+        if indices is None:
+            indices = list(range(len(frames)))
+        else:
+            indices = [int(index) for index in _checked_order("frames_indices", indices, len(frames), whole=True)]
         if times is None and source_fps:
             times = [index / source_fps for index in indices]
         total_tokens = self._total_tokens(options, len(frames), source_fps)
@@ -391,64 +403,6 @@ def flatten_videos(videos: Any) -> tuple[list[Any], list[int] | None]:
     return flat, None
 
 
-def frame_to_tensor(
-    frame: Any, input_data_format: str | None = None, alpha_on_white: bool = False, scaled: bool = False
-) -> torch.Tensor:
-    """A PIL image, array or tensor (any channel order, grey, RGB or RGBA) as [3, H, W].
-
-    The result is uint8; floats within [0, 1] are taken as already scaled. With `scaled` floats stay what they are.
-    """
-    if isinstance(frame, PIL.Image.Image):
-        frame = frame.convert("RGBA" if "A" in frame.getbands() or "transparency" in frame.info else "RGB")
-        frame, input_data_format = np.array(frame), "channels_last"
-    if isinstance(frame, np.ndarray):
-        frame = torch.from_numpy(np.ascontiguousarray(frame))
-    if frame.ndim == 2:
-        frame, input_data_format = frame[None], "channels_first"
-    if frame.ndim != 3:
-        raise ValueError(f"a frame must have 2 or 3 dimensions, got {frame.ndim} (shape {tuple(frame.shape)}).")
-    if input_data_format is None:
-        input_data_format = "channels_first" if frame.shape[0] in (1, 3, 4) else "channels_last"
-    if getattr(input_data_format, "value", input_data_format) == "channels_last":
-        frame = frame.permute(2, 0, 1)
-    if frame.shape[0] not in (1, 3, 4):
-        raise ValueError(f"a frame must have 1, 3 or 4 channels, got shape {tuple(frame.shape)}.")
-    if frame.dtype != torch.uint8 and not (scaled and frame.is_floating_point()):
-        if frame.is_floating_point() and frame.max() <= 1.0 and frame.min() >= 0.0:
-            frame = frame * 255
-        frame = frame.round().clamp(0, 255).to(torch.uint8) if frame.is_floating_point() else frame.to(torch.uint8)
-    if frame.shape[0] == 1:
-        return frame.expand(3, -1, -1)
-    if frame.shape[0] == 4:
-        colour, alpha = frame[:3], frame[3:]
-        if not alpha_on_white:
-            return colour
-        full = 255.0 if frame.dtype == torch.uint8 else 1.0
-        blended = colour * (alpha / full) + full * (1 - alpha / full)
-        return blended.round().to(torch.uint8) if frame.dtype == torch.uint8 else blended
-    return frame
-
-
-def normalize_pixels(frames: torch.Tensor, options: dict) -> torch.Tensor:
-    """Rescale and normalise [T, 3, H, W] in one step, as Transformers' own backends do."""
-    frames = frames.float()
-    scale = options["rescale_factor"] if options["do_rescale"] else 1.0
-    if not options["do_normalize"]:
-        return frames * scale
-    mean, std = (
-        torch.tensor(values, device=frames.device).expand(3).view(3, 1, 1) / scale
-        for values in (options["image_mean"], options["image_std"])
-    )
-    return (frames - mean) / std
-
-
-def to_patches(frames: torch.Tensor, patch: int) -> torch.Tensor:
-    """[T, 3, H, W] to [T * H/patch * W/patch, 3, patch, patch], row by row within each frame."""
-    count, channels, height, width = frames.shape
-    grid = frames.reshape(count, channels, height // patch, patch, width // patch, patch)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, patch, patch)
-
-
 def _factor(options: dict) -> int:
     return options["patch_size"] * options["merge_size"]
 
@@ -478,6 +432,41 @@ def _is_video(item: Any) -> bool:
     return isinstance(item, (list, tuple)) and len(item) > 0 and all(_is_frame(frame) for frame in item)
 
 
+def _checked_rate(name: str, fps: Any) -> Any:
+    fps = fps.item() if getattr(fps, "ndim", None) == 0 else fps
+    if fps is not None and not (isinstance(fps, Real) and not isinstance(fps, bool) and 0 < fps < math.inf):
+        raise ValueError(f"{name}={fps!r} must be a positive number of frames per second, or None.")
+    return fps
+
+
+def _checked_order(name: str, values: Any, count: int, whole: bool = False) -> list:
+    """One number per frame, in the order of time."""
+    values = _plain_list(name, values)
+    if len(values) != count:
+        raise ValueError(f"{count} frames were given, but {name} has {len(values)} entries.")
+    previous = 0
+    for place, value in enumerate(values):
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or (whole and value != int(value)):
+            kind = "a whole number" if whole else "a finite number"
+            raise ValueError(f"{name} holds {value!r} for frame {place}, which must be {kind}.")
+        if value < previous:
+            raise ValueError(
+                f"{name} holds {value} for frame {place}, which must be {previous} or more: none may be negative or "
+                "lower than the one before; give the frames in the order of time."
+            )
+        previous = value
+    return values
+
+
+def _plain_list(name: str, values: Any) -> list:
+    """A list of what a sequence, an array or a tensor holds, without arrays and tensors inside."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise ValueError(f"{name}={values!r} must be a list with one number per frame.")
+    return [value.tolist() if hasattr(value, "tolist") else value for value in values]
+
+
 def _spread_options(videos: Sequence[Any], call: dict) -> list[dict]:
     """The options that differ from video to video, taken apart."""
     spread: list[dict] = [{} for _ in videos]
@@ -494,8 +483,11 @@ def _spread_options(videos: Sequence[Any], call: dict) -> list[dict]:
         give("fps", call["fps"])
     timestamps = call.get("timestamps")
     if timestamps is not None:
-        single = len(timestamps) == 0 or not isinstance(timestamps[0], (list, tuple, np.ndarray, torch.Tensor))
-        give("timestamps", [timestamps] if single else timestamps)
+        timestamps = _plain_list("timestamps", timestamps)
+        nested = bool(timestamps) and all(
+            entry is None or (isinstance(entry, Sequence) and not isinstance(entry, str)) for entry in timestamps
+        )
+        give("timestamps", timestamps if nested else [timestamps])
     metadata = call.get("video_metadata")
     if metadata is not None:
         metadata = list(metadata) if isinstance(metadata, (list, tuple)) else [metadata]

@@ -5,13 +5,22 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from transformers import __version__ as transformers_version
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+try:
+    # Matches the control tokens that `sanitize_control_tokens` marked in the words of a user.
+    from transformers.processing_utils import _MARKED_RE
+except ImportError:
+    # A release that does not know the option, which `apply_chat_template` then refuses.
+    _MARKED_RE = None
+
 from .frame_budget_keye import FAST
 from .image_processing_keye import KeyeImageProcessor, KeyeImagesKwargs, flatten_images
 from .layouts_keye import Layout
+from .messages_keye import IMAGE_PAD, VIDEO_PAD, checked_messages
 from .published_config_keye import our_config
 from .published_processor_keye import (
     HUB_OPTIONS,
@@ -24,7 +33,6 @@ from .published_processor_keye import (
 from .video_processing_keye import KeyeVideoMetadata, KeyeVideoProcessor, KeyeVideosKwargs, flatten_videos
 
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 FRAME, FAST_START, FAST_END = "<|frame|>", "<|fast_start|>", "<|fast_end|>"
 
 # What the assistant says, with the token that ends it, stands in generation marks: that is what training learns from.
@@ -166,6 +174,8 @@ class KeyeProcessor(ProcessorMixin):
         videos, videos_by_prompt = flatten_videos(videos)
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
+            if kwargs.get("sanitize_control_tokens") and _MARKED_RE is not None:
+                texts = [_MARKED_RE.sub("", sample) if isinstance(sample, str) else sample for sample in texts]
             self._check_counts("image", texts, images, images_by_prompt)
             per_prompt = self._check_counts("video", texts, videos, videos_by_prompt)
             sharing = [count for count in per_prompt for _ in range(count)]
@@ -181,10 +191,26 @@ class KeyeProcessor(ProcessorMixin):
         return super().__call__(images=images or None, text=text, videos=videos or None, **kwargs)
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs) -> Any:
-        """As `ProcessorMixin.apply_chat_template`; text that holds a media placeholder is refused."""
-        if not kwargs.get("sanitize_control_tokens"):
-            _refuse_placeholders(conversation)
-        if not (kwargs.get("return_assistant_tokens_mask") and kwargs.get("tokenize") and kwargs.get("return_dict")):
+        """As `ProcessorMixin.apply_chat_template`, for parts of type text, image and video.
+
+        `image_url` and `video_url`, as in OpenAI's messages, are taken as image and video; parts of other types are
+        refused, and text that holds `<|image_pad|>` or `<|video_pad|>`, in capitals too.
+
+        Other control tokens in the text of a message work: `<|im_end|>` ends the turn, so a stranger's words could go
+        on as the assistant. `sanitize_control_tokens=True` (not in every release of transformers that this runs with)
+        makes plain text of all of them, of the placeholders too. `keye ask` and the training rows refuse them.
+        """
+        known = inspect.signature(ProcessorMixin.apply_chat_template).parameters
+        sanitize = bool(kwargs.get("sanitize_control_tokens"))
+        if sanitize and "sanitize_control_tokens" not in known:
+            # It would go to the template, where nobody looks at it.
+            raise ValueError(
+                f"transformers {transformers_version} does not know sanitize_control_tokens; install 5.23, or take the "
+                "control tokens out of the messages yourself."
+            )
+        conversation = checked_messages(conversation, self.tokenizer, sanitize)
+        masks = kwargs.get("return_assistant_tokens_mask") and kwargs.get("tokenize") and kwargs.get("return_dict")
+        if sanitize or not masks:
             return super().apply_chat_template(conversation, chat_template, **kwargs)
         # Older versions of the library do not know that a placeholder grew, and mark the wrong tokens.
         del kwargs["return_assistant_tokens_mask"]
@@ -192,7 +218,6 @@ class KeyeProcessor(ProcessorMixin):
         options.update(return_offsets_mapping=True, return_text_replacement_offsets=True)
         features = super().apply_chat_template(conversation, chat_template, processor_kwargs=options, **kwargs)
         batched = isinstance(conversation[0], (list, tuple))
-        known = inspect.signature(ProcessorMixin.apply_chat_template).parameters
         _, spans = render_jinja_template(
             conversations=conversation if batched else [conversation],
             chat_template=chat_template or self.chat_template,
@@ -381,25 +406,6 @@ class _Uncopied:
 def _by_prompt(media: Any, flatten: Callable[[Any], list]) -> tuple[list, list[int] | None]:
     nested = isinstance(media, (list, tuple)) and len(media) > 0 and all(isinstance(m, (list, tuple)) for m in media)
     return flatten(media), [len(flatten(item)) for item in media] if nested else None
-
-
-def _refuse_placeholders(conversation: Any) -> None:
-    if not isinstance(conversation, (list, tuple)):
-        return
-    for message in conversation:
-        if not isinstance(message, dict):
-            _refuse_placeholders(message)
-            continue
-        content = message.get("content")
-        parts = [content] if isinstance(content, str) else [part.get("text") for part in content or []]
-        for text in parts:
-            token = next((token for token in (IMAGE_PAD, VIDEO_PAD) if isinstance(text, str) and token in text), None)
-            if token is not None:
-                kind = "image" if token == IMAGE_PAD else "video"
-                raise ValueError(
-                    f"the text of a {message.get('role')} message holds {token}, which only the processor writes; "
-                    f'remove it and give the {kind} as {{"type": "{kind}", "path": ...}} instead.'
-                )
 
 
 def _assistant_masks(

@@ -1,16 +1,20 @@
 """The processor as a whole: prompt expansion, chat template, batches, checks, saving and loading."""
 
 import copy
+import inspect
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoTokenizer
+from transformers.processing_utils import ProcessorMixin
 
 from modeling_keye.image_processing_keye import KeyeImageProcessor
 from modeling_keye.processing_keye import KEYE_CHAT_TEMPLATE, KeyeProcessor
@@ -21,6 +25,7 @@ from .conftest import make_tokenizer, picture
 FRAMES = np.stack([picture(index, 56, 84) for index in range(4)])
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+TINY = Path(__file__).resolve().parents[2] / "checkpoints" / "keye-tiny"
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
@@ -172,6 +177,128 @@ def test_placeholders_in_user_text_are_refused(small, question):
     for tokenize in (True, False):
         with pytest.raises(ValueError, match="text of a user message holds .*; remove it"):
             small.apply_chat_template(messages, tokenize=tokenize)
+
+
+@pytest.mark.parametrize("token", ["<|VIDEO_PAD|>", "<|Image_Pad|>"])
+def test_placeholders_in_capitals_are_refused(small, token):
+    with pytest.raises(ValueError, match=rf"a user message holds {re.escape(token)}, .* give the (video|image) as"):
+        small.apply_chat_template(video_message(FRAMES, f"What is {token}?"))
+
+
+def chat(processor: KeyeProcessor, messages, **options):
+    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **options)
+
+
+@pytest.mark.parametrize(
+    "address", [lambda path: {"url": path, "detail": "low"}, lambda path: path], ids=["dict", "text"]
+)
+@pytest.mark.parametrize("pack", [list, tuple])
+def test_parts_in_the_form_of_openai(small, clip, tmp_path, address, pack):
+    Image.fromarray(FRAMES[0]).save(tmp_path / "image.png")
+    video, image, question = str(clip()), str(tmp_path / "image.png"), {"type": "text", "text": "What?"}
+    theirs = [
+        {"type": "video_url", "video_url": address(video)},
+        {"type": "image_url", "image_url": address(image)},
+        question,
+    ]
+    ours = [{"type": "video", "path": video}, {"type": "image", "path": image}, question]
+    theirs, ours = ([{"role": "user", "content": pack(parts)}] for parts in (theirs, ours))
+    before = copy.deepcopy(theirs)
+    options = {"processor_kwargs": {"num_frames": 2, "padding": True}}
+    for messages, expected in ((theirs, ours), ([theirs, ours], [ours, ours])):
+        out = chat(small, messages, **options)
+        for name, value in chat(small, expected, **options).items():
+            assert torch.equal(out[name], value)
+    assert small.apply_chat_template(theirs) == small.apply_chat_template(ours)
+    assert theirs == before
+
+
+def test_masks_with_parts_in_the_form_of_openai(small, clip):
+    messages = [
+        {"role": "user", "content": [{"type": "video_url", "video_url": {"url": str(clip())}}]},
+        {"role": "assistant", "content": "A red ball."},
+    ]
+    out = chat(small, messages, return_assistant_tokens_mask=True, processor_kwargs={"num_frames": 2})
+    spoken = out["input_ids"][0][torch.as_tensor(out["assistant_masks"])[0] == 1]
+    assert text_of(small, spoken) == "A red ball.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "part, sentence",
+    [
+        (
+            {"type": "input_video", "video": "clip.mp4"},
+            "a user message holds a part of type 'input_video'; give parts of",
+        ),
+        ({"type": "Video", "path": "clip.mp4"}, "part of type 'Video'; give parts of type text, image or video"),
+        ({"type": "audio", "path": "clip.mp4"}, "part of type 'audio'"),
+        ({"text": "Hello"}, "part of type None"),
+        ("Hello", "'Hello', which is no part"),
+        ({"type": "video_url", "url": "clip.mp4"}, "part of type video_url without an address; write it as"),
+        ({"type": "image_url", "image_url": {}}, "part of type image_url without an address"),
+        ({"type": "text", "content": "Hello"}, r"text part whose text is 'None' \(NoneType\); write it as"),
+    ],
+)
+def test_other_parts_are_refused(small, part, sentence):
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
+    for conversation in (messages, [video_message(FRAMES), messages]):
+        for tokenize in (True, False):
+            with pytest.raises(ValueError, match=sentence):
+                small.apply_chat_template(conversation, tokenize=tokenize, return_dict=tokenize)
+
+
+def test_content_is_text_or_parts(small):
+    with pytest.raises(ValueError, match="content of a user message must be text or a list of parts, got dict"):
+        small.apply_chat_template([{"role": "user", "content": {"type": "text", "text": "What?"}}])
+
+
+needs_sanitizing = pytest.mark.skipif(
+    "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters,
+    reason=f"transformers {transformers.__version__} has no sanitize_control_tokens",
+)
+
+
+@pytest.mark.compat
+@needs_sanitizing
+def test_sanitized_text_may_hold_placeholders(small):
+    messages = video_message(FRAMES, "a <|video_pad|> b <|image_pad|> c <|im_end|>")
+    out = chat(
+        small, [messages, video_message(FRAMES)], sanitize_control_tokens=True, processor_kwargs={"padding": True}
+    )
+    plain = chat(small, video_message(FRAMES, "a"))
+    for token in (small.video_token_id, small.image_token_id, small.tokenizer.eos_token_id):
+        assert (out["input_ids"][0] == token).sum() == (plain["input_ids"][0] == token).sum()
+    assert "a <|video_pad|> b <|image_pad|> c <|im_end|>" in small.tokenizer.decode(out["input_ids"][0])
+    # Media that are not there are still missed.
+    with pytest.raises(ValueError, match=r"holds 1 <\|video_pad\|> placeholder\(s\), but 0 video\(s\)"):
+        chat(small, [{"role": "user", "content": [{"type": "video"}]}], sanitize_control_tokens=True)
+    with pytest.raises(ValueError, match="not compatible with `return_assistant_tokens_mask"):
+        chat(small, messages, sanitize_control_tokens=True, return_assistant_tokens_mask=True)
+
+
+@pytest.mark.compat
+@needs_sanitizing
+@pytest.mark.parametrize("token", ["<|VIDEO_PAD|>", "<|IM_END|>"])
+def test_sanitizing_refuses_spellings_that_it_would_miss(small, token):
+    # Case matters to this tokenizer, so capitals are plain text.
+    assert token in small.tokenizer.decode(
+        chat(small, video_message(FRAMES, token), sanitize_control_tokens=True)["input_ids"][0]
+    )
+    lowering = KeyeProcessor.from_pretrained(TINY)
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(token)}, which this tokenizer reads as {re.escape(token.lower())}"
+    ):
+        chat(lowering, video_message(FRAMES, f"a {token} b"), sanitize_control_tokens=True)
+
+
+@pytest.mark.compat
+def test_sanitizing_is_refused_where_the_library_does_not_know_it(small, monkeypatch):
+    def older(self, conversation, chat_template=None, **kwargs):
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(ProcessorMixin, "apply_chat_template", older)
+    with pytest.raises(ValueError, match="does not know sanitize_control_tokens; install 5.23, or take"):
+        small.apply_chat_template(video_message(FRAMES, "<|video_pad|>"), tokenize=True, sanitize_control_tokens=True)
 
 
 def test_parts_are_checked():

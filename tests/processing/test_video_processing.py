@@ -175,6 +175,78 @@ def test_four_channels_and_grey():
     assert torch.equal(grey[:, 0], grey[:, 2])
 
 
+INTEGERS = "the integers of a frame must lie within 0 to 255, but this one"
+FLOATS = "the floats of a frame must lie within 0 to 1 or 0 to 255, but this one holds"
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (
+            lambda f: f.astype(np.uint16) * 256,
+            rf"{INTEGERS} \(torch.uint16\) holds 0 to 65280; scale it to uint8 first",
+        ),
+        (lambda f: f.astype(np.int16) - 1, rf"{INTEGERS} \(torch.int16\) holds -1 to 254"),
+        (lambda f: f.astype(np.int64) + 1, rf"{INTEGERS} \(torch.int64\) holds 1 to 256"),
+        (lambda f: (f / 127.5 - 1).astype(np.float32), f"{FLOATS} -1 to 1; scale or clip it first"),
+        (lambda f: f * 257.0, f"{FLOATS} 0 to 65535"),
+        (lambda f: np.where(f == 255, np.nan, f / 255), "floats of a frame must be finite, .* are nan and nan"),
+        (lambda f: np.where(f == 255, np.inf, f / 255), "floats of a frame must be finite, .* are 0.0 and inf"),
+    ],
+)
+def test_values_of_another_range_are_refused(change, sentence, tensor):
+    frames = change(np.where(FRAMES == 0, 0, np.maximum(FRAMES, 1)).astype(np.uint8)[:2])
+    frames[0, 20, 20] = change(np.array([0, 255, 255], np.uint8))
+    with pytest.raises(ValueError, match=sentence):
+        small()(torch.from_numpy(frames) if tensor else frames)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "uint16", "int32", "int64", "float16", "float32"])
+def test_values_up_to_255_of_other_dtypes_are_taken(dtype):
+    frames = FRAMES // 2
+    torch.testing.assert_close(
+        small()(frames.astype(dtype))["pixel_values_videos"], small()(frames)["pixel_values_videos"]
+    )
+
+
+def test_false_is_black_and_true_is_white():
+    expected = small()((FRAMES > 128).astype(np.uint8) * 255)["pixel_values_videos"]
+    assert torch.equal(small()(FRAMES > 128)["pixel_values_videos"], expected)
+
+
+def test_unscaled_floats_may_have_any_range_but_no_nan():
+    options = {"do_rescale": False, "do_normalize": False}
+    out = small()((FRAMES / 127.5 - 1).astype(np.float32), **options)["pixel_values_videos"]
+    torch.testing.assert_close(out, expected_pixels(list(FRAMES), (56, 84)))
+    with pytest.raises(ValueError, match="must be finite"):
+        small()(np.full((1, 56, 84, 3), np.nan, np.float32), **options)
+
+
+@pytest.mark.parametrize("dtype, mode", [("<u2", "I;16"), (">u2", "I;16B")])
+def test_pil_images_of_16_bits_are_scaled(dtype, mode):
+    grey = FRAMES[..., 1]
+    images = [Image.frombytes(mode, (84, 56), (frame.astype(dtype) * 257).astype(dtype).tobytes()) for frame in grey]
+    expected = small()(list(grey))["pixel_values_videos"]
+    assert torch.equal(small()(images)["pixel_values_videos"], expected)
+
+
+def test_pil_images_without_a_known_white_are_checked():
+    grey = FRAMES[..., 1]
+    expected = small()(list(grey))["pixel_values_videos"]
+    for values in (grey.astype(np.int32), grey.astype(np.float32), grey.astype(np.float32) / 255):
+        assert torch.equal(small()([Image.fromarray(frame) for frame in values])["pixel_values_videos"], expected)
+    with pytest.raises(ValueError, match=rf"{INTEGERS} \(torch.int32\) holds .* to 65\d+; scale it to uint8 first"):
+        small()([Image.fromarray(frame.astype(np.int32) * 257) for frame in grey])
+    with pytest.raises(ValueError, match=f"{FLOATS} .* to 510"):
+        small()([Image.fromarray(frame.astype(np.float32) * 2) for frame in grey])
+
+
+def test_a_frame_without_pixels_is_refused():
+    with pytest.raises(ValueError, match=r"at least one pixel, got shape \(3, 0, 84\)"):
+        small()(FRAMES[:, :0])
+
+
 def test_times_of_decoded_frames():
     def times(**kwargs):
         metadata = small()(FRAMES, return_metadata=True, **kwargs)["video_metadata"][0]
@@ -196,6 +268,66 @@ def test_times_of_decoded_frames():
     assert times(video_metadata=[known], do_sample_frames=False)[0] == everything
     # More frames than the budget can hold are thinned out, and the times say which stayed.
     assert times(timestamps=seconds, max_video_tokens=12) == ([0, 6, 11], [0.0, 9.0, 16.5])
+
+
+@pytest.mark.parametrize(
+    "form", [list, tuple, np.asarray, torch.tensor, lambda times: [torch.tensor(t) for t in times]]
+)
+def test_times_in_every_form(form):
+    seconds = [index * 0.5 for index in range(12)]
+    for given in (form(seconds), [form(seconds)]):
+        metadata = small()(FRAMES, timestamps=given, return_metadata=True)["video_metadata"][0]
+        assert metadata.timestamps == seconds
+    both = small()([FRAMES, FRAMES], timestamps=[form(seconds), None], return_metadata=True)["video_metadata"]
+    assert [metadata.timestamps for metadata in both] == [seconds, None]
+
+
+ORDER = "must be .* or more: none may be negative or lower than the one before"
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"timestamps": [float("nan")] * 12}, "timestamps holds nan for frame 0, which must be a finite number"),
+        ({"timestamps": [*range(11), float("inf")]}, "timestamps holds inf for frame 11"),
+        ({"timestamps": ["0"] * 12}, "timestamps holds '0' for frame 0"),
+        ({"timestamps": range(-3, 9)}, f"timestamps holds -3 for frame 0, which {ORDER}"),
+        ({"timestamps": range(12, 0, -1)}, f"timestamps holds 11 for frame 1, which {ORDER}"),
+        ({"timestamps": 3.0}, "timestamps=3.0 must be a list with one number per frame"),
+        ({"video_metadata": {"frame_times": [*range(11), 2]}}, "timestamps holds 2 for frame 11"),
+        ({"video_metadata": {"fps": -1}}, "video_metadata fps=-1 must be a positive number of frames per second"),
+        ({"video_metadata": {"fps": 0}}, "video_metadata fps=0 must"),
+        ({"video_metadata": {"fps": "1"}}, "video_metadata fps='1' must"),
+        (
+            {"video_metadata": {"fps": 1, "frames_indices": range(-1, 11)}},
+            f"frames_indices holds -1 for frame 0.* {ORDER}",
+        ),
+        (
+            {"video_metadata": {"fps": 1, "frames_indices": [*range(11), 3]}},
+            f"frames_indices holds 3 for frame 11.* {ORDER}",
+        ),
+        ({"video_metadata": {"fps": 1, "frames_indices": [0.5] * 12}}, "frames_indices holds 0.5 .* a whole number"),
+        ({"video_metadata": {"fps": 1, "frames_indices": 3}}, "frames_indices=3 must be a list"),
+        ({"fps": "1"}, "fps='1' must be a positive number of frames per second"),
+        ({"fps": float("nan")}, "fps=nan must"),
+        ({"fps": float("inf")}, "fps=inf must"),
+        ({"num_frames": "3"}, "num_frames='3' must be a positive number of frames"),
+    ],
+)
+def test_wrong_times_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        small()(FRAMES, **options)
+
+
+@pytest.mark.parametrize("options", [{"timestamps": [0.0, 1.0]}, {"video_metadata": {"fps": 4.0}}])
+def test_a_file_says_its_times_itself(clip, options):
+    path, name = clip(size=(56, 84)), next(iter(options))
+    with pytest.raises(ValueError, match=f"{name} was given for .*clip.mp4, but a file says its times itself; leave"):
+        small()(path, **options)
+    seconds = [0.5 * index for index in range(12)]
+    mixed = {"timestamps": [seconds, None]} if name == "timestamps" else {"video_metadata": [{"fps": 2.0}, None]}
+    metadata = small()([FRAMES, path], return_metadata=True, **mixed)["video_metadata"]
+    assert metadata[0].timestamps == seconds and metadata[1].fps == 10.0
 
 
 def test_wrong_lengths_are_refused():

@@ -1,0 +1,95 @@
+"""Chat messages before a template writes them: only parts it knows, and no text that would become a placeholder."""
+
+import re
+from typing import Any
+
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+# A tokenizer that lower-cases makes a placeholder of capitals too, and no user means anything else by them.
+_PLACEHOLDER = re.compile(f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}", re.IGNORECASE)
+
+
+def checked_messages(conversation: Any, tokenizer: Any, sanitize: bool = False) -> Any:
+    """A copy of a conversation, or of a list of them, whose parts have the type text, image or video.
+
+    Parts of type `image_url` and `video_url` are written as image and video. With `sanitize` the library will make
+    plain text of control tokens as the tokenizer spells them; other spellings that give the same tokens are refused.
+
+    Raises `ValueError` for all other parts and for text that holds a placeholder.
+    """
+    if not isinstance(conversation, (list, tuple)):
+        return conversation
+    return [
+        _checked_message(item, tokenizer, sanitize)
+        if isinstance(item, dict)
+        else checked_messages(item, tokenizer, sanitize)
+        for item in conversation
+    ]
+
+
+def _checked_message(message: dict, tokenizer: Any, sanitize: bool) -> dict:
+    role, content = message.get("role"), message.get("content")
+    if content is None:
+        return message
+    if not isinstance(content, (str, list, tuple)):
+        raise ValueError(
+            f"the content of a {role} message must be text or a list of parts, got {type(content).__name__}."
+        )
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else [_part(part, role) for part in content]
+    for part in parts:
+        if part["type"] == "text":
+            _check_text(part["text"], role, tokenizer, sanitize)
+    return message if isinstance(content, str) else {**message, "content": parts}
+
+
+def _part(part: Any, role: Any) -> dict:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("image", "video"):
+        return part
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise ValueError(
+                f"a {role} message holds a text part whose text is {str(part.get('text'))[:60]!r} "
+                f'({type(part.get("text")).__name__}); write it as {{"type": "text", "text": "..."}}.'
+            )
+        return part
+    if kind in ("image_url", "video_url"):
+        address = part.get(kind)
+        address = address.get("url") if isinstance(address, dict) else address
+        if not address:
+            raise ValueError(
+                f"a {role} message holds a part of type {kind} without an address; write it as "
+                f'{{"type": "{kind}", "{kind}": {{"url": "..."}}}}.'
+            )
+        return {"type": kind.removesuffix("_url"), "url": address}
+    shown = f"a part of type {kind!r}" if isinstance(part, dict) else f"{str(part)[:60]!r}, which is no part"
+    raise ValueError(
+        f"a {role} message holds {shown}; give parts of type text, image or video (or image_url and video_url), like "
+        '{"type": "video", "path": ...}.'
+    )
+
+
+def _check_text(text: str, role: Any, tokenizer: Any, sanitize: bool) -> None:
+    if sanitize:
+        _check_spellings(text, role, tokenizer)
+        return
+    found = _PLACEHOLDER.search(text)
+    if found is not None:
+        kind = "image" if found.group().lower() == IMAGE_PAD else "video"
+        raise ValueError(
+            f"the text of a {role} message holds {found.group()}, which only the processor writes; "
+            f'remove it and give the {kind} as {{"type": "{kind}", "path": ...}} instead.'
+        )
+
+
+def _check_spellings(text: str, role: Any, tokenizer: Any) -> None:
+    tokens = {token.lower(): token for token in tokenizer.added_tokens_encoder}
+    for found in re.finditer("|".join(map(re.escape, tokens)) or "(?!)", text, re.IGNORECASE):
+        token = tokens.get(found.group().lower())
+        if token is None or token == found.group():
+            continue
+        ids = tokenizer.encode(found.group(), add_special_tokens=False)
+        if tokenizer.convert_tokens_to_ids(token) in ids:
+            raise ValueError(
+                f"the text of a {role} message holds {found.group()}, which this tokenizer reads as {token} and "
+                "sanitize_control_tokens does not find in this spelling; remove it."
+            )
