@@ -219,6 +219,7 @@ def test_masks_with_parts_in_the_form_of_openai(small, clip):
         {"role": "assistant", "content": "A red ball."},
     ]
     out = chat(small, messages, return_assistant_tokens_mask=True, processor_kwargs={"num_frames": 2})
+    assert out["video_grid_thw"][:, 0].sum() == 2
     spoken = out["input_ids"][0][torch.as_tensor(out["assistant_masks"])[0] == 1]
     assert text_of(small, spoken) == "A red ball.<|im_end|>"
 
