@@ -6,6 +6,7 @@ decodes forward and jumps to a later keyframe when that skips enough frames. PyA
 installed and loads, it decodes instead, and PyAV takes over as soon as a frame's timestamp is not the listed one.
 """
 
+import gc
 import os
 import struct
 from array import array
@@ -33,6 +34,11 @@ NOT_VIDEO_FORMATS = {"tty", "bin", "xbin", "adf", "idf", "image2"}
 
 # A jump flushes the decoder and its threads; it pays when it skips at least so many frames.
 SEEK_MIN_FRAMES = 12
+
+# Decoders and colour conversion have threads, which a forked process (a worker of a data loader) does not inherit. If
+# it collected what its parent left of them, it would wait for these threads for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=gc.freeze)
 
 # Each decoding thread holds whole frames, so this bounds memory for large pictures.
 MAX_DECODING_THREADS = 4

@@ -1,5 +1,6 @@
 """The reader's frames and times against a plain decode of the whole file, and its errors."""
 
+import os
 import re
 import struct
 import subprocess
@@ -232,6 +233,30 @@ def test_mirrored_and_slanted_display_matrices(clip, name):
     with VideoReader(path) as reader:
         assert (reader.height, reader.width) == expected.shape[:2]
         np.testing.assert_array_equal(reader.read([7])[0].permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform cannot fork")
+def test_a_forked_worker_does_not_wait_for_the_threads_of_its_parent(clip):
+    """What the parent left uncollected has threads that the child does not have."""
+    code = f"""
+import gc, os
+import av
+from modeling_keye.video_reader_keye import VideoReader
+
+gc.disable()
+with av.open({str(clip())!r}) as container:
+    frame = next(container.decode(video=0))
+    frame.to_ndarray(format="rgb24", width=1920, height=1080)
+    left = [frame]
+    left.append(left)
+    del frame, left
+child = os.fork()
+if child == 0:
+    gc.collect()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_transform_runs_in_order_once_per_frame_and_progress_counts(clip):
