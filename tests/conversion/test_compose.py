@@ -329,7 +329,9 @@ def test_loads_as_remote_code_and_answers(flagship, clip, probe):  # noqa: F811
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     (loaded,) = probe(("load", {"folder": flagship, "clip": clip}))
     assert loaded["tokens"] == output[0, inputs["input_ids"].shape[1] :].tolist()
-    assert len(loaded["tokens"]) == 8
+    # Random weights may end the answer early, on some processors and not on others.
+    ends = torch.as_tensor(model.generation_config.eos_token_id).flatten().tolist()
+    assert len(loaded["tokens"]) == 8 or loaded["tokens"][-1] in ends
     assert set(loaded["classes"].values()) == {"transformers_modules"}
     # Pictures reach the decoder, if only through an untrained projector.
     with torch.no_grad():
