@@ -1,13 +1,16 @@
 """FlashAttention, where it is installed, for attention that reads every key: dense decoder layers and the vision tower.
 
 Version 4 on devices from capability 9.0, else version 2. Without either, and for what they do not take, the callers use
-PyTorch's `scaled_dot_product_attention`, which gives the same result.
+PyTorch's `scaled_dot_product_attention`, which gives the same result, or a kernel inside of it, which also gives the
+log-sum-exp.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 
 import torch
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 
 # What both versions take: the widest head, and the multiple that a head size must be of.
 _MAX_HEAD_SIZE, _HEAD_MULTIPLE = 256, 8
@@ -44,13 +47,50 @@ def flash_version(device: torch.device, dtype: torch.dtype, head_size: int) -> i
     return None
 
 
-def flash_causal(version: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-    """q [B, H, S, D], k [B, G, T, D], v [B, G, T, Dv], Dv <= D -> [B, S, H, Dv]; the last query sees all T keys."""
+def flash_causal(
+    version: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """q [B, H, S, D], k [B, G, T, D], v [B, G, T, Dv], Dv <= D; the last query sees all T keys.
+
+    Returns out [B, S, H, Dv] and the natural log-sum-exp [B, S, H] in float32, None from a release that has no option
+    for it.
+    """
     value_dim = v.shape[-1]
     v = torch.nn.functional.pad(v, (0, q.shape[-1] - value_dim))
     attend, _ = _installed(version)
-    out = attend(*(x.transpose(1, 2) for x in (q, k, v)), **_options(scaling), causal=True)
-    return _first(out)[..., :value_dim]
+    options = _options(scaling) | _lse_option(attend)
+    out, lse, *_ = _as_tuple(attend(*(x.transpose(1, 2) for x in (q, k, v)), **options, causal=True))
+    return out[..., :value_dim], None if lse is None else lse.detach().transpose(1, 2)
+
+
+def fused_causal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """As `flash_causal`, by an operator that `scaled_dot_product_attention` calls; None where there is none for these.
+
+    cuDNN's from Hopper on, where it is the faster one, for as many queries as keys; else PyTorch's FlashAttention.
+    """
+    value_dim, causal, grouped = v.shape[-1], q.shape[2] > 1, q.shape[1] != k.shape[1]
+    if not q.is_cuda or q.shape[-1] % _HEAD_MULTIPLE or q.shape[-1] < value_dim:
+        return None
+    v = torch.nn.functional.pad(v, (0, q.shape[-1] - value_dim))
+    if _cudnn_takes(q, k, v, grouped):
+        attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+        out, lse, *_ = attend(q, k, v, None, compute_log_sumexp=True, is_causal=causal, scale=scaling)
+    elif can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, grouped)):
+        attend = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse, *_ = attend(q, k, v, is_causal=causal, scale=scaling)
+    else:
+        return None
+    return out[..., :value_dim].transpose(1, 2), lse.detach().reshape(q.shape[:3]).transpose(1, 2)
+
+
+def _cudnn_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grouped: bool) -> bool:
+    if torch.compiler.is_compiling() or q.shape[2] != k.shape[2]:  # the compiler does not know the question
+        return False
+    if torch.cuda.get_device_capability(q.device) < _OLDEST_CAPABILITY[4]:
+        return False
+    return can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, True, grouped))
 
 
 def flash_segments(
@@ -65,13 +105,19 @@ def flash_segments(
     """q, k, v [N, H, D] -> [N, H, D]; each run of N between two of `cu_seqlens` (int32) attends to itself."""
     _, attend = _installed(version)
     segments = {f"cu_seqlens_{x}": cu_seqlens for x in "qk"} | {f"max_seqlen_{x}": longest for x in "qk"}
-    return _first(attend(q, k, v, **segments, **_options(scaling), causal=False))
+    return _as_tuple(attend(q, k, v, **segments, **_options(scaling), causal=False))[0]
 
 
 def _options(scaling: float) -> dict:
     return {"softmax_scale": scaling, "deterministic": torch.are_deterministic_algorithms_enabled()}
 
 
-def _first(out) -> torch.Tensor:
-    """Version 4 returns the log-sum-exp too."""
-    return out[0] if isinstance(out, tuple) else out
+@lru_cache(maxsize=2)
+def _lse_option(attend: Callable) -> dict[str, bool]:
+    """What asks for the log-sum-exp: an option of version 2 that without dropout returns nothing else, or of 4."""
+    known = inspect.signature(attend).parameters
+    return {name: True for name in ("return_attn_probs", "return_lse") if name in known}
+
+
+def _as_tuple(out) -> tuple:
+    return out if isinstance(out, tuple) else (out, None)

@@ -68,15 +68,25 @@ class IndexerLoss:
                 torch.zeros_like(self.gates, dtype=self.dtype),
             )
 
-    def add_dense(self, begin: int, queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> None:
-        """Queries that attend to all they see: queries [B, n, H, D] from number `begin` on, keys [B, G, T, D]."""
+    def add_dense(
+        self,
+        begin: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        scaling: float,
+        lse: torch.Tensor | None = None,
+    ) -> None:
+        """Queries that attend to all they see: queries [B, n, H, D] from number `begin` on, keys [B, G, T, D].
+
+        The log-sum-exp [B, n, H] of that attention, where it is known, saves the kernels a pass over the keys.
+        """
         with torch.no_grad():
             if self._chosen(_unsupported_dense, queries, keys) == "torch":
                 self._add_dense_blocks(begin, queries, keys, scaling)
                 return
             q, gates, weights, grads = self._part(begin, queries.shape[1])
             place = {"first_slot": self.query_offset + begin, "key_mask": self.key_mask}
-            self.value += dense_kl(q, self.k, gates, weights, queries, keys, scaling, **place, grads=grads)
+            self.value += dense_kl(q, self.k, gates, weights, queries, keys, scaling, **place, lse=lse, grads=grads)
 
     def _add_dense_blocks(self, begin: int, queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> None:
         first = self.query_offset + begin

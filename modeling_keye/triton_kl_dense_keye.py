@@ -101,7 +101,11 @@ def _attention_lse_kernel(
     tl.store(lse_ptr + o_row, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=m_query)
 
 
-@jit(do_not_specialize=["first_slot", "num_queries", "num_blocks", "num_tiles", "num_groups"])
+# Strides of the log-sum-exp grow with the length where an attention made it: [B, H, n] underneath.
+_LENGTHS = ["first_slot", "num_queries", "num_blocks", "num_tiles", "num_groups", "stride_lb", "stride_ls", "stride_lh"]
+
+
+@jit(do_not_specialize=_LENGTHS)
 def _divergence_kernel(
     queries_ptr,  # [B, n, H, D]
     keys_ptr,  # [B, G, T, D]

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
+from .autocast_keye import autocast_dtype
 from .configuration_keye import KeyeVisionConfig
 from .flash_attention_keye import flash_segments, flash_version
 
@@ -336,7 +337,7 @@ class KeyeVisionEncoder(nn.Module):
         if self.config._attn_implementation != "sdpa" or (self.training and self.config.attention_dropout):
             return None
         head_size = self.config.hidden_size // self.config.num_attention_heads
-        return flash_version(hidden_states.device, hidden_states.dtype, head_size)
+        return flash_version(hidden_states.device, autocast_dtype(hidden_states), head_size)
 
     def forward(self, hidden_states: torch.Tensor, rows: list[GridRow], per_frame: bool) -> torch.Tensor:
         lengths = []

@@ -1,5 +1,7 @@
 """Time of the indexer's KL losses beside dense flash attention: warm-up over all pairs, adaptation over lists."""
 
+from functools import partial
+
 import torch
 
 from benchmarks.gpu.bench import Bench
@@ -8,6 +10,7 @@ from benchmarks.gpu.part_check_losses import empty_gradients
 from benchmarks.gpu.part_gqa import SCALE, dense_forward, inputs
 from benchmarks.gpu.part_selection import pairs
 from modeling_keye.ops_keye import sparse_gqa
+from modeling_keye.sparse_attention_keye import dense_attention_with_lse
 from modeling_keye.triton_kl_dense_keye import dense_kl
 from modeling_keye.triton_kl_sparse_keye import sparse_kl
 
@@ -22,23 +25,25 @@ def run(bench: Bench) -> None:
     all_pairs = pairs(num_keys, num_keys)
     dense_ms, bar = dense_forward(bench, q, k, v, all_pairs * heads * 4 * dim, **shape)
     backward_ms = bench.peer("dense gqa backward, SDPA", dense_backward(q, k, v), **shape)
-    # Per pair: twice the products of the attention's scores, once those of the indexer.
-    flops = all_pairs * (heads * 4 * dim + 2 * 16 * 64)
-    forward = bench.time("kl dense, value", lambda: dense_kl(*index, weights, q, k, SCALE), flops=flops, **shape)
-    bench.goal("kl_forward", (dense_ms + forward) / dense_ms, dense=bar)
-    lse = torch.full((1, num_keys, heads), 20.0, device=bench.device)  # any number takes the same time
-    bench.time(
-        "kl dense, value, log-sum-exp given",
-        lambda: dense_kl(*index, weights, q, k, SCALE, lse=lse),
-        flops=flops - all_pairs * heads * 2 * dim,
-        **shape,
-    )
+    queries = q.transpose(1, 2)
+    attend = partial(dense_attention_with_lse, queries, k, v, scaling=SCALE)
+    attended = bench.time("dense gqa with log-sum-exp", attend, flops=all_pairs * heads * 4 * dim, **shape)
+    _, lse = attend()
+    # Per pair: the products of the attention's scores once, and once more for a log-sum-exp that is not given, those of
+    # the indexer twice, for its own log-sum-exp and for the divergence.
+    flops = all_pairs * (heads * 2 * dim + 2 * 2 * 16 * 64)
+    pass_of_its_own = all_pairs * heads * 2 * dim
+    loss = partial(dense_kl, *index, weights, q, k, SCALE)
+    bench.time("kl dense, value, log-sum-exp made", loss, flops=flops + pass_of_its_own, **shape)
+    flops += pass_of_its_own if lse is None else 0
+    forward = bench.time("kl dense, value", partial(loss, lse=lse), flops=flops, given=lse is not None, **shape)
+    bench.goal("kl_forward", (attended + forward) / dense_ms, dense=bar)
 
     grads = empty_gradients(*index)
     both = bench.time(
         "kl dense, value and gradients",
-        lambda: dense_kl(*index, weights, q, k, SCALE, grads=grads),
-        flops=flops + all_pairs * 10 * 16 * 64,
+        partial(loss, lse=lse, grads=grads),
+        flops=flops + all_pairs * 8 * 16 * 64,
         **shape,
     )
     if backward_ms is not None:

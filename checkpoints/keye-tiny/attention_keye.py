@@ -13,11 +13,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
+from .autocast_keye import in_autocast_dtype
 from .indexer_objective_keye import IndexerLoss, caught_mass, query_weights
 from .packing_keye import attend_each, join_selections, sequence_lengths
 from .sparse_attention_keye import (
     Selection,
     dense_attention,
+    dense_attention_with_lse,
     dense_latent_attention,
     gqa_backend,
     mla_backend,
@@ -217,8 +219,8 @@ class KeyeAttention(nn.Module):
     """What MLA and GQA share: the indexer and its loss, the cache, and the split into dense and sparse queries.
 
     The two kinds differ in `project`, `expand`, `attend_dense` and `attend_sparse`; the last two also return what their
-    scores were made of, queries [B, n, H, D] and keys [B, G, T, D], which `score_operands` gives for any queries;
-    `attend_dense` returns None where it never has them all.
+    scores were made of, queries [B, n, H, D] and keys [B, G, T, D], which `score_operands` gives for any queries, and
+    the log-sum-exp of these scores [B, n, H]. `attend_dense` returns None in place of what it does not have.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -268,6 +270,7 @@ class KeyeAttention(nn.Module):
             gradient, and the share of the dense attention that its selection catches.
         """
         queries, states, query_latent = self.project(hidden_states, *position_embeddings)
+        queries, *states = in_autocast_dtype(queries, *states)
         index = None
         with_objective = with_objective and self.indexer is not None
         if self.indexer is not None:
@@ -307,7 +310,8 @@ class KeyeAttention(nn.Module):
         # gradient: the language-model loss never reaches the indexer.
         latent = None if query_latent is None else query_latent.detach()
         with torch.set_grad_enabled(with_objective and torch.is_grad_enabled()):
-            return self.indexer(hidden_states.detach(), latent, *position_embeddings)
+            q, k, gates = self.indexer(hidden_states.detach(), latent, *position_embeddings)
+            return *in_autocast_dtype(q, k), gates
 
     def _tiled(self, queries, states, index, learned, key_mask, query_offset, first_slot, output_selections):
         batch, num_queries = queries.shape[:2]
@@ -321,10 +325,11 @@ class KeyeAttention(nn.Module):
         if num_dense:
             keys = tuple(state[:, :, : query_offset + num_dense] for state in states)
             mask = None if key_mask is None else key_mask[:, : query_offset + num_dense]
-            output, scored = self.attend_dense(queries[:, :num_dense], keys, query_offset, mask)
+            place = (queries[:, :num_dense], keys, query_offset, mask)
+            output, scored, lse = self.attend_dense(*place, with_lse=loss is not None)
             outputs.append(output)
             if loss is not None:
-                loss.add_dense(0, *(scored or self.score_operands(queries[:, :num_dense], keys)), self.scaling)
+                loss.add_dense(0, *(scored or self.score_operands(*place[:2])), self.scaling, lse)
         step = self.query_step(queries.device)
         for begin in range(num_dense, num_queries, step):
             end = min(begin + step, num_queries)
@@ -511,7 +516,7 @@ class KeyeLatentAttention(KeyeAttention):
         out, lse = sparse_mla(absorbed, rows.squeeze(1), selected, self.scaling, self.kv_lora_rank)
         return torch.einsum("bshc,hvc->bshv", out, w_uv), (absorbed, rows), lse
 
-    def attend_dense(self, queries, states, query_offset, key_mask):
+    def attend_dense(self, queries, states, query_offset, key_mask, with_lse=False):
         batch, num_queries, heads = queries.shape[:3]
         num_keys = states[0].shape[2]
         place = {"scaling": self.scaling, "query_offset": query_offset, "key_mask": key_mask}
@@ -521,18 +526,19 @@ class KeyeLatentAttention(KeyeAttention):
             w_uk, w_uv = self._up_projections(queries)
             absorbed, rows = self._absorb(queries, w_uk), states[0]
             out = dense_latent_attention(absorbed, rows.squeeze(1), value_dim=self.kv_lora_rank, **place)
-            return torch.einsum("bshc,hvc->bshv", out, w_uv), (absorbed, rows)
+            return torch.einsum("bshc,hvc->bshv", out, w_uv), (absorbed, rows), None
         at_once = _MAX_EXPANDED_ELEMENTS // (batch * num_keys * (self.nope_dim + self.rope_dim))
         if at_once >= heads:
             keys, values = self.expand(states)
-            return dense_attention(queries.transpose(1, 2), keys, values, **place), (queries, keys)
+            out, lse = _attend(queries, keys, values, with_lse, **place)
+            return out, (queries, keys), lse
         w_uk, w_uv = self._up_projections(queries)
         attend = partial(self._attend_expanded, rows=states[0].squeeze(1), **place)
         if torch.is_grad_enabled():  # what is expanded is made again in backward, not kept
             attend = partial(checkpoint, attend, use_reentrant=False)
         at_once = max(1, at_once)
         parts = [slice(begin, begin + at_once) for begin in range(0, heads, at_once)]
-        return torch.cat([attend(queries[:, :, part], w_uk[part], w_uv[part]) for part in parts], dim=2), None
+        return torch.cat([attend(queries[:, :, part], w_uk[part], w_uv[part]) for part in parts], dim=2), None, None
 
     def _attend_expanded(self, queries, w_uk, w_uv, rows, **place):
         """Dense attention of some heads: queries [B, S, h, nope + R], rows [B, T, C + R] -> [B, S, h, value]."""
@@ -580,11 +586,17 @@ class KeyeGroupedAttention(KeyeAttention):
         out, lse = sparse_gqa(queries, *states, selected, self.scaling)
         return out, (queries, states[0]), lse
 
-    def attend_dense(self, queries, states, query_offset, key_mask):
-        out = dense_attention(
-            queries.transpose(1, 2), *states, scaling=self.scaling, query_offset=query_offset, key_mask=key_mask
-        )
-        return out, (queries, states[0])
+    def attend_dense(self, queries, states, query_offset, key_mask, with_lse=False):
+        place = {"scaling": self.scaling, "query_offset": query_offset, "key_mask": key_mask}
+        out, lse = _attend(queries, *states, with_lse, **place)
+        return out, (queries, states[0]), lse
+
+
+def _attend(queries, keys, values, with_lse: bool, **place) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Dense attention of queries [B, S, H, D], with its log-sum-exp where that is wanted and known."""
+    if with_lse:
+        return dense_attention_with_lse(queries.transpose(1, 2), keys, values, **place)
+    return dense_attention(queries.transpose(1, 2), keys, values, **place), None
 
 
 ATTENTIONS = {"mla": KeyeLatentAttention, "gqa": KeyeGroupedAttention}

@@ -27,7 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from .autotune_keye import autotune as _autotune_kernels
-from .flash_attention_keye import flash_causal, flash_version
+from .flash_attention_keye import flash_causal, flash_version, fused_causal
 from .ops_keye import select_tokens as _triton_select_tokens
 from .ops_keye import sparse_gqa as _triton_sparse_gqa
 from .ops_keye import sparse_mla as _triton_sparse_mla
@@ -396,13 +396,40 @@ def dense_attention(
     returns 0. FlashAttention is used where it is installed and takes the inputs, with a slot on the device never. Keys
     and values behind such a slot must be finite, as the zeros of an empty static cache are.
     """
-    version = None
     if key_mask is None and not isinstance(query_offset, torch.Tensor):
         version = flash_version(q.device, q.dtype, q.shape[-1])
-    if version is not None:
-        num_keys = query_offset + q.shape[2]
-        return flash_causal(version, q, k[:, :, :num_keys], v[:, :, :num_keys], scaling)
+        if version is not None:
+            return flash_causal(version, q, *_seen(k, v, query_offset + q.shape[2]), scaling)[0]
     return _torch_dense_attention(q, k, v, scaling=scaling, query_offset=query_offset, key_mask=key_mask)
+
+
+def dense_attention_with_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scaling: float,
+    query_offset: int | torch.Tensor = 0,
+    key_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`dense_attention`, and the natural log-sum-exp of its scores [B, S, H] in float32, without gradient.
+
+    None in its place where what attends keeps it to itself, as `scaled_dot_product_attention` does; on CUDA the kernels
+    inside of it can be asked. What is None costs whoever needs it a pass over the keys.
+    """
+    if key_mask is None and not isinstance(query_offset, torch.Tensor):
+        seen = _seen(k, v, query_offset + q.shape[2])
+        version = flash_version(q.device, q.dtype, q.shape[-1])
+        if version is not None:
+            return flash_causal(version, q, *seen, scaling)
+        fused = fused_causal(q, *seen, scaling)
+        if fused is not None:
+            return fused
+    return dense_attention(q, k, v, scaling=scaling, query_offset=query_offset, key_mask=key_mask), None
+
+
+def _seen(k: torch.Tensor, v: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return k[:, :, :num_keys], v[:, :, :num_keys]
 
 
 def dense_latent_attention(

@@ -224,6 +224,11 @@ class _SparseAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, _):
+        with torch.autocast(grad_out.device.type, enabled=False):  # that may be on here, if the caller left it on
+            return _SparseAttention._gradients(ctx, grad_out)
+
+    @staticmethod
+    def _gradients(ctx, grad_out):
         q, k, v, shared, rest, out, lse = ctx.saved_tensors
         indices = unpack_index_list(shared, rest, ctx.width)
         dtype = lse.dtype

@@ -13,15 +13,34 @@ from modeling_keye.vision_keye import KeyeVisionTransformer
 calls = []
 
 
+def attend(q, k, v, scale, causal=False):
+    """[B, heads, S, D], the last query at the last key: what is attended to, and the log-sum-exp [B, heads, S]."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * scale
+    if causal:
+        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+        scores = scores.masked_fill(~visible, -torch.inf)
+    return scores.softmax(dim=-1) @ v, scores.logsumexp(dim=-1)
+
+
 def flash_attn_func(q, k, v, softmax_scale=None, causal=False, deterministic=False):
-    """Signature of flash-attn: [B, S, heads, D], last query at the last key."""
+    """Signature that versions 2 and 4 share, heads behind tokens."""
     calls.append("dense")
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2]) if causal else None
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible, scale=softmax_scale, enable_gqa=True
-    )
-    return out.transpose(1, 2)
+    return attend(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale, causal)[0].transpose(1, 2)
+
+
+def flash_attn_func_2(q, k, v, softmax_scale=None, causal=False, deterministic=False, return_attn_probs=False):
+    """Of version 2: three results when asked, of which the probabilities are none without dropout."""
+    calls.append("dense")
+    out, lse = attend(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale, causal)
+    return (out.transpose(1, 2), lse, None) if return_attn_probs else out.transpose(1, 2)
+
+
+def flash_attn_func_4(q, k, v, softmax_scale=None, causal=False, deterministic=False, return_lse=False):
+    """Of version 4: always two results."""
+    calls.append("dense")
+    out, lse = attend(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale, causal)
+    return out.transpose(1, 2), lse if return_lse else None
 
 
 def flash_attn_varlen_func(
@@ -48,10 +67,10 @@ def flash_attn_varlen_func(
 @pytest.fixture
 def installed(monkeypatch):
     """Both versions can be imported, and the CPU counts as a device that they run on."""
-    cute = types.ModuleType("flash_attn.cute")
-    for module in (types.ModuleType("flash_attn"), cute):
-        module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name, dense in (("flash_attn", flash_attn_func_2), ("flash_attn.cute", flash_attn_func_4)):
+        module = types.ModuleType(name)
+        module.flash_attn_func, module.flash_attn_varlen_func = dense, flash_attn_varlen_func
+        monkeypatch.setitem(sys.modules, name, module)
     flash_attention_keye._installed.cache_clear()
     calls.clear()
     yield
@@ -98,6 +117,70 @@ def test_dense_attention_is_the_same(version, num_queries, offset, monkeypatch):
     masked = sparse_attention_keye.dense_attention(q, k, v, **place, key_mask=mask)
     torch.testing.assert_close(masked, expected)
     assert calls == ["dense"]
+    assert sparse_attention_keye.dense_attention_with_lse(q, k, v, **place, key_mask=mask)[1] is None
+
+
+def flash_of_pytorch(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+    calls.append("flash")
+    assert q.shape[-1] == v.shape[-1]  # the kernel takes one width
+    return *attend(q, k, v, scale, is_causal), None, None, 0, 0, None, None, None
+
+
+def cudnn_of_pytorch(q, k, v, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *rest, scale=None):
+    calls.append("cudnn")
+    assert attn_bias is None and compute_log_sumexp and q.shape[2] == k.shape[2]  # its causal is that of a square
+    out, lse = attend(q, k, v, scale, is_causal)
+    return out, lse.unsqueeze(-1), None, None, 0, 0, None, None, None
+
+
+class Pretended(torch.Tensor):
+    """Says that it is on a CUDA device."""
+
+    is_cuda = True
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("kind", ["version 4", "version 2", "cudnn", "flash"])
+@pytest.mark.parametrize(("num_queries", "offset"), [(7, 0), (3, 9), (1, 20)])
+def test_log_sum_exp_beside_the_attention(kind, num_queries, offset, monkeypatch):
+    """Of the scores that the queries see, without gradient; the attention keeps its own."""
+    q = torch.randn(2, 4, num_queries, 24, requires_grad=True)
+    keys = offset + num_queries
+    k, v = torch.randn(2, 2, keys + 3, 24), torch.randn(2, 2, keys + 3, 16)
+    place = {"scaling": 0.3, "query_offset": offset}
+    expected = sparse_attention_keye.dense_attention(q, k, v, **place)
+    assert sparse_attention_keye.dense_attention_with_lse(q, k, v, **place)[1] is None
+    if kind.startswith("version"):
+        monkeypatch.setattr(sparse_attention_keye, "flash_version", lambda *arguments: int(kind[-1]))
+    else:
+        capability = (9, 0) if kind == "cudnn" else (8, 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        for name in ("can_use_cudnn_attention", "can_use_flash_attention"):
+            monkeypatch.setattr(flash_attention_keye, name, lambda parameters: True)
+        monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash_of_pytorch)
+        monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", cudnn_of_pytorch)
+    called = q if kind.startswith("version") else q.as_subclass(Pretended)
+    out, lse = (
+        x.as_subclass(torch.Tensor) for x in sparse_attention_keye.dense_attention_with_lse(called, k, v, **place)
+    )
+    wanted = "flash" if kind == "cudnn" and offset else kind
+    assert calls == ["dense" if kind.startswith("version") else wanted]
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), q)[0] for x in (out, expected)))
+    scores = torch.einsum("bhsd,bhtd->bsht", q, k[:, :, :keys].repeat_interleave(2, dim=1)) * 0.3
+    future = torch.arange(keys) > torch.arange(offset, keys)[:, None]
+    torch.testing.assert_close(lse, scores.masked_fill(future[:, None], -torch.inf).logsumexp(dim=-1).detach())
+    assert not lse.requires_grad
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_release_that_gives_no_log_sum_exp(monkeypatch):
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_func", flash_attn_func)
+    monkeypatch.setattr(sparse_attention_keye, "flash_version", lambda *arguments: 2)
+    q, k, v = torch.randn(1, 4, 5, 24), torch.randn(1, 2, 5, 24), torch.randn(1, 2, 5, 16)
+    out, lse = sparse_attention_keye.dense_attention_with_lse(q, k, v, scaling=0.3)
+    assert lse is None and calls == ["dense"]
+    torch.testing.assert_close(out, attend(q, k, v, 0.3, causal=True)[0].transpose(1, 2))
 
 
 @pytest.mark.usefixtures("installed")
@@ -120,3 +203,16 @@ def test_vision_tower_is_the_same(monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(tower(pixels, grid), expected)
     assert calls == []
+
+
+def test_vision_tower_asks_for_what_autocast_multiplies(monkeypatch):
+    """Weights in float32 and mixed precision: FlashAttention gets bfloat16."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = KeyeVisionConfig(**sizes, image_size=56, patch_size=14)
+    config._attn_implementation = "sdpa"
+    tower, asked = KeyeVisionTransformer(config).eval(), []
+    monkeypatch.setattr(vision_keye, "flash_version", lambda device, dtype, size: asked.append(dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tower(torch.randn(8, 3, 14, 14), torch.tensor([[1, 2, 4]]))
+    tower(torch.randn(8, 3, 14, 14), torch.tensor([[1, 2, 4]]))
+    assert asked == [torch.bfloat16, torch.float32]

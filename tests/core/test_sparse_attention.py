@@ -208,6 +208,22 @@ def test_gradients_equal_autograd_of_the_maths(kind):
 
 
 @pytest.mark.parametrize("kind", ["mla", "gqa2"])
+def test_autocast_changes_no_bit(kind):
+    """Neither in forward nor in a backward pass that is called where it is still on."""
+    leaves = [x.float().requires_grad_() for x in make(kind, 9, 30)]
+    indices, _ = random_kept(9, 30, 6)
+
+    def step():
+        out, lse = run(leaves, indices)
+        return out, lse, *torch.autograd.grad(out.square().sum(), leaves)
+
+    expected = step()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = step()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["mla", "gqa2"])
 def test_gradcheck(kind):
     indices, _ = random_kept(3, 5, 3, empty=(1,))
     inputs = [x.requires_grad_() for x in make(kind, 3, 5)]

@@ -238,6 +238,23 @@ def test_dense_attention_makes_no_mask_and_repeats_no_head(num_queries, monkeypa
     assert float((out[:, rows].double() - exact).norm() / exact.norm()) < 1e-2
 
 
+@pytest.mark.parametrize("num_queries", [64, KEYS])
+@torch.no_grad()
+def test_dense_attention_tells_its_log_sum_exp(num_queries):
+    """By FlashAttention, cuDNN or PyTorch's flash kernel: as many queries as keys, and the last of them."""
+    q, k, v = inputs(num_queries)[1]
+    place = {"scaling": SCALE, "query_offset": KEYS - num_queries}
+    out, lse = sparse_attention_keye.dense_attention_with_lse(q.transpose(1, 2), k, v, **place)
+    expected = sparse_attention_keye.dense_attention(q.transpose(1, 2), k, v, **place)
+    assert float((out.double() - expected.double()).norm() / expected.double().norm()) < 1e-2
+    rows = slice(-64, None)
+    scores = torch.einsum("bshd,bhtd->bsht", q[:, rows].double(), k.repeat_interleave(8, dim=1).double()) * SCALE
+    slots = torch.arange(KEYS, device="cuda")
+    scores = scores.masked_fill((slots > slots[-64:, None])[:, None], -torch.inf)
+    assert lse.dtype == torch.float32 and lse.shape == q.shape[:3]
+    assert float((lse[:, rows].double() - scores.logsumexp(dim=-1)).abs().max()) < 1e-2
+
+
 def test_auto_takes_the_kernels_and_agrees_with_pytorch():
     index, grouped, latent = inputs(40)
     indices, out, other = step(index, grouped, latent)

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from modeling_keye import KeyeConfig, attention_keye
+from modeling_keye import KeyeConfig, attention_keye, sparse_attention_keye
 from modeling_keye.attention_keye import KeyeAttention
+from modeling_keye.indexer_objective_keye import IndexerLoss
 from tests.core.test_memory import Watch
 from tests.model.conftest import fresh_model, media_inputs
 from tests.model.factories import text_ids, tiny_config, tiny_model
@@ -300,6 +301,61 @@ def test_autocast(kind, stage, use_reentrant):
     assert all(grad.isfinite().all() for grad in grads.values())
     together = [torch.cat([grad.flatten() for grad in part.values()]) for part in (grads, exact)]
     assert torch.cosine_similarity(*together, dim=0) > 0.9
+
+
+def test_autocast_reaches_selection_attention_and_loss(kind, stage, monkeypatch):
+    """They are no operators that autocast knows: left alone they would get float32 from norms and rotations."""
+    found = {}
+
+    def noted(name, real):
+        def call(*arguments, **keywords):
+            tensors = [x for x in arguments if isinstance(x, torch.Tensor) and x.is_floating_point()]
+            found.setdefault(name, set()).add(tuple(x.dtype for x in tensors))
+            return real(*arguments, **keywords)
+
+        return call
+
+    functions = ("dense_attention_with_lse", "dense_latent_attention", "sparse_gqa", "sparse_mla", "select_tokens")
+    for name in (*functions, "IndexerLoss"):
+        monkeypatch.setattr(attention_keye, name, noted(name, getattr(attention_keye, name)))
+    for name in ("add_dense", "add_sparse"):
+        monkeypatch.setattr(IndexerLoss, name, noted(name, getattr(IndexerLoss, name)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        learner(kind, stage)(**batch("left"), use_cache=False).loss.backward()
+    low, high = torch.bfloat16, torch.float32
+    assert found.pop("IndexerLoss") == {(low, low, high)}  # gates are float32 everywhere
+    assert found.pop("select_tokens") == {(low, low, high)}
+    if stage == "adaptation":
+        assert found.pop("add_sparse") == {(low, low, high)}  # the log-sum-exp
+    assert found.pop("add_dense") == {(low, low)}
+    assert found and set().union(*found.values()) <= {(low, low), (low, low, low)}
+
+
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+def test_the_loss_gets_the_log_sum_exp_of_its_attention(kind, monkeypatch):
+    """Where the attention knows it; of heads that are expanded in parts no operands are kept that it belongs to."""
+    given = []
+
+    def attend(q, k, v, **place):
+        lse = torch.randn(q.shape[0], q.shape[2], q.shape[1])
+        given.append(lse)
+        return sparse_attention_keye.dense_attention(q, k, v, **place), lse
+
+    def add(self, begin, queries, keys, scaling, lse=None):
+        taken.append(lse)
+        assert keys.shape[1] in (1, 2, queries.shape[2])
+
+    taken = []
+    monkeypatch.setattr(attention_keye, "dense_attention_with_lse", attend)
+    monkeypatch.setattr(IndexerLoss, "add_dense", add)
+    model, inputs = learner(kind, "warmup"), batch(tokens=400)
+    model(**inputs, use_cache=False)
+    assert len(given) == len(taken) > 0 and all(a is b for a, b in zip(taken, given, strict=True))
+    if kind == "mla":
+        taken.clear()
+        monkeypatch.setattr(attention_keye, "_MAX_EXPANDED_ELEMENTS", 1)
+        model(**inputs, use_cache=False)
+        assert taken and not any(lse is not None for lse in taken)
 
 
 def test_bfloat16_weights(kind, stage):

@@ -65,6 +65,8 @@ def adapted(rows, tmp_path_factory):
         ("indexer-warmup", {"indexer": {"topk": 4}}, "indexer", True),
         ("sparse-adaptation", {"indexer": {"topk": 4}, "router_balance": 0.01}, "all", True),
         ("finetune", {"data": {"packed": True}}, "trunk", False),
+        # Mixed precision: weights stay in float32.
+        ("sparse-adaptation", {"indexer": {"topk": 4}, "trainer": {"bf16": True}}, "all", True),
     ],
 )
 def test_a_stage_trains_its_part(stage, changes, trains, learns, rows, tmp_path):
@@ -79,6 +81,7 @@ def test_a_stage_trains_its_part(stage, changes, trains, learns, rows, tmp_path)
         assert moved - indexer and (moved & indexer == (indexer if trains == "all" else set()))
     assert any("e_score_correction_bias" in name for name in moved) == bool(changes.get("router_balance"))
     assert bool(logged(final, "indexer_loss", "indexer_recall")) == learns
+    assert all(tensor.dtype == before[name].dtype for name, tensor in after.items())
     config = json.loads((final / "config.json").read_text())["text_config"]
     source = json.loads((KEYE_TINY / "config.json").read_text())["text_config"]
     assert config["index_topk"] == changes.get("indexer", {}).get("topk", source["index_topk"])
