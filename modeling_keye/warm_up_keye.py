@@ -11,7 +11,7 @@ from itertools import product
 
 import torch
 
-from .ops_keye import select_tokens, sparse_gqa, sparse_mla
+from .ops_keye import dense_kl, select_tokens, sparse_gqa, sparse_kl, sparse_mla
 from .sparse_reference_keye import forced_count
 from .triton_common_keye import multiprocessors
 from .triton_union_keye import MAX_UNIT
@@ -27,7 +27,8 @@ def warm_up(
 
     Args:
         config: a text configuration, or one that has a `text_config`. device, dtype: the model's.
-        training: the backward kernels too, in the mode that `torch.use_deterministic_algorithms` asks for now.
+        training: the backward kernels too, in the mode that `torch.use_deterministic_algorithms` asks for now, and with
+            an `indexer_loss_coef` the losses of its `indexer_stage`.
 
     Returns:
         Seconds of each step, nearly all compilation; later ones find what earlier ones compiled. Raises `ValueError`
@@ -74,6 +75,28 @@ def _steps(config, device, dtype, training) -> list[tuple[str, Callable[[], None
         ("prefill, last queries", 1, MAX_UNIT, _WIDE),
     ):
         steps.append((name, partial(attend, config, batch, num_queries, places, device, dtype, training)))
+    if training and rule["topk"] is not None and config.indexer_loss_coef:
+        steps += _loss_steps(config, device, dtype)
+    return steps
+
+
+def _loss_steps(config, device, dtype) -> list[tuple[str, Callable[[], None]]]:
+    """Losses of queries that attend to all they see, and in the adaptation stage to lists, few queries and many."""
+    steps = []
+    heads = config.num_attention_heads
+    if config.attention_type == "mla":
+        absorbed = (heads, 1, config.kv_lora_rank + config.qk_rope_head_dim)
+        forms = {"": (heads, heads, config.qk_nope_head_dim + config.qk_rope_head_dim), ", absorbed": absorbed}
+    else:
+        forms = {"": (heads, config.num_key_value_heads, config.head_dim)}
+    for form, scored in forms.items():
+        for padded in (False, True):
+            name = f"loss{form}{', padded' if padded else ''}"
+            steps.append((name, partial(_learn_dense, config, scored, padded, device, dtype)))
+    if config.indexer_stage == "adaptation":
+        scored = list(forms.values())[-1]
+        for name, num_queries in (("few", 1), ("many", MAX_UNIT)):
+            steps.append((f"loss of lists, {name}", partial(_learn_lists, config, scored, num_queries, device, dtype)))
     return steps
 
 
@@ -117,6 +140,31 @@ def _attend_grouped(config, batch, num_queries, places, device, dtype, training)
     shapes = (batch, num_queries, config.num_attention_heads, config.head_dim), keys, keys
     indices = _indices(batch, num_queries, places, device)
     _run(lambda q, k, v: sparse_gqa(q, k, v, indices, 1.0), shapes, device, dtype, training)
+
+
+def _learn_dense(config, scored, padded: bool, device, dtype) -> None:
+    inputs, grads = _learner(config, scored, _NARROW, device, dtype)
+    mask = torch.ones(1, _NARROW, dtype=torch.bool, device=device) if padded else None
+    dense_kl(*inputs, 1.0, key_mask=mask, grads=grads)
+
+
+def _learn_lists(config, scored, num_queries, device, dtype) -> None:
+    inputs, grads = _learner(config, scored, num_queries, device, dtype)
+    lse = torch.zeros(1, num_queries, scored[0], device=device)
+    sparse_kl(*inputs, lse, _indices(1, num_queries, _NARROW, device), 1.0, grads=grads)
+
+
+def _learner(config, scored, num_tokens, device, dtype):
+    """What the losses take: q, k, gates and weights of the indexer, queries and keys of an attention with the heads,
+    groups and head size `scored`; and the gradients of q, k and gates as `IndexerLoss` keeps them."""
+    heads, groups, dim = scored
+    zeros = partial(torch.zeros, device=device)
+    shape = (1, num_tokens, config.index_n_heads, config.index_head_dim)
+    index = zeros(shape, dtype=dtype), zeros(1, num_tokens, shape[3], dtype=dtype), zeros(shape[:3])
+    attention = zeros(1, num_tokens, heads, dim, dtype=dtype), zeros(1, groups, num_tokens, dim, dtype=dtype)
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    grads = zeros(shape, dtype=wide), zeros(1, num_tokens, shape[3]), zeros(shape[:3])
+    return (*index, zeros(1, num_tokens), *attention), grads
 
 
 def _indices(batch: int, num_queries: int, places: int, device: torch.device) -> torch.Tensor:

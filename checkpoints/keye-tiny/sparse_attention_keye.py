@@ -197,7 +197,8 @@ def warm_up(
 
     Args:
         config: a `KeyeTextConfig`, or a `KeyeConfig`. device, dtype: the model's.
-        training: the backward kernels too, in the mode that `torch.use_deterministic_algorithms` asks for now.
+        training: the backward kernels too, in the mode that `torch.use_deterministic_algorithms` asks for now, and with
+            an `indexer_loss_coef` the losses of its `indexer_stage`.
 
     Returns:
         Seconds of each step; empty where PyTorch is the backend. Raises `ValueError` with one sentence where the

@@ -38,7 +38,7 @@ from .triton_kl_keye import (
 )
 
 
-@jit(do_not_specialize=["first_slot", "num_queries", "num_blocks", "num_heads"])
+@jit(do_not_specialize=["first_slot", "num_queries", "num_blocks", "num_heads", "stride_mb"])
 def _attention_lse_kernel(
     queries_ptr,  # [B, n, H, D]
     keys_ptr,  # [B, G, T, D]
@@ -101,11 +101,12 @@ def _attention_lse_kernel(
     tl.store(lse_ptr + o_row, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=m_query)
 
 
-# Strides of the log-sum-exp grow with the length where an attention made it: [B, H, n] underneath.
-_LENGTHS = ["first_slot", "num_queries", "num_blocks", "num_tiles", "num_groups", "stride_lb", "stride_ls", "stride_lh"]
+# Numbers that follow the length, strides of a log-sum-exp that an attention made as [B, H, n] among them.
+_LENGTHS = ["first_slot", "num_queries", "num_blocks", "num_tiles", "num_groups"]
+_STRIDES = ["stride_lb", "stride_ls", "stride_lh", "stride_wb", "stride_mb"]
 
 
-@jit(do_not_specialize=_LENGTHS)
+@jit(do_not_specialize=_LENGTHS + _STRIDES, do_not_specialize_on_alignment=["weights_ptr"])
 def _divergence_kernel(
     queries_ptr,  # [B, n, H, D]
     keys_ptr,  # [B, G, T, D]

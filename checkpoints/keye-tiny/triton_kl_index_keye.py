@@ -62,7 +62,7 @@ def index_scores(
     return b_scores
 
 
-@jit(do_not_specialize=["first_slot", "num_queries", "num_blocks", "num_tiles"])
+@jit(do_not_specialize=["first_slot", "num_queries", "num_blocks", "num_tiles", "stride_mb"])
 def _index_lse_kernel(
     q_ptr,  # [B, n, Hi, Di]
     k_ptr,  # [B, T, Di]
@@ -176,7 +176,10 @@ def index_lse(
     return part.logsumexp(dim=-1)
 
 
-@jit(do_not_specialize=["first_slot", "num_queries", "num_blocks"])
+@jit(
+    do_not_specialize=["first_slot", "num_queries", "num_blocks", "stride_wb", "stride_mb"],
+    do_not_specialize_on_alignment=["weights_ptr"],
+)
 def _query_gradients_kernel(
     q_ptr,  # [B, n, Hi, Di]
     k_ptr,  # [B, T, Di]
@@ -260,7 +263,7 @@ def _query_gradients_kernel(
     )
 
 
-@jit(do_not_specialize=["first_slot", "num_queries", "num_blocks"])
+@jit(do_not_specialize=["first_slot", "num_queries", "num_blocks", "stride_mb"])
 def _key_gradients_kernel(
     q_ptr,  # [B, n, Hi, Di]
     k_ptr,  # [B, T, Di]

@@ -152,7 +152,10 @@ def _divergence_kernel(
     tl.store(rows_ptr + i_query, tl.sum(b_value, 0))
 
 
-@jit(do_not_specialize=["first_query", "num_queries", "num_keys", "num_places"])
+@jit(
+    do_not_specialize=["first_query", "num_queries", "num_keys", "num_places", "stride_wb"],
+    do_not_specialize_on_alignment=["weights_ptr"],
+)
 def _gradients_kernel(
     selected_ptr,  # int32 [B, n, K]
     used_ptr,  # int32 [B * n]

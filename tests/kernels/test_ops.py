@@ -297,9 +297,11 @@ def test_warm_up_runs(kind, device, monkeypatch):
         monkeypatch.setattr(file, "multiprocessors", lambda device: 3)
     monkeypatch.setattr(warm_up_keye, "_WIDE", 48)
     monkeypatch.setattr(warm_up_keye, "MAX_UNIT", 4)
-    config = KeyeTextConfig(**COMMON, **TINY[kind], index_topk=4, local_window=2, anchor_stride=8)
+    rule = {"index_topk": 4, "local_window": 2, "anchor_stride": 8}
+    config = KeyeTextConfig(**COMMON, **TINY[kind], **rule, indexer_loss_coef=1.0)
     seconds = warm_up_keye.warm_up(config, device, torch.float32, training=True)
-    assert {"select, few", "select, many, padded", "decode", "prefill"} <= set(seconds)
+    steps = {"select, few", "select, many, padded", "decode", "prefill", "loss, padded", "loss of lists, many"}
+    assert steps <= set(seconds)
     assert all(value > 0 for value in seconds.values())
 
 
@@ -311,7 +313,11 @@ def test_warm_up_has_nothing_to_do_for_dense_layers_and_for_the_pytorch_backend(
     assert sparse_attention_keye.warm_up(KeyeTextConfig(**COMMON, **TINY["mla"]), "cpu") == {}
 
 
-SERVED = {"flagship": {}, "keye-vl-2.0-30b-a3b": {}, "window only": {"indexer_type": None}}
+SERVED = {
+    "flagship": {"indexer_loss_coef": 1.0},
+    "keye-vl-2.0-30b-a3b": {"indexer_loss_coef": 1.0},
+    "window only": {"indexer_type": None},
+}
 
 
 def record_launches() -> None:
@@ -346,6 +352,12 @@ def record_launches() -> None:
             missing = seen - warm
             if missing:
                 answer[f"{name}: {batch} x {num_queries} at {offset}"] = sorted(missing)
+        for run_of_learning in LEARNED if config.indexer_loss_coef else ():
+            seen.clear()
+            learn(config, *run_of_learning)
+            missing = seen - warm
+            if missing:
+                answer[f"{name}: loss of {run_of_learning}"] = sorted(missing)
         answer[name] = len(warm)
     print(json.dumps(answer))
 
@@ -408,6 +420,42 @@ def serve(config, batch, num_queries, offset, padded, at_slot) -> None:
         inputs = [q, k, v]
     if out.requires_grad:
         torch.autograd.grad(out, inputs, torch.empty_like(out))
+
+
+LEARNED = [  # sequences, tokens, padding, whether the attention gives its log-sum-exp
+    (1, 100, False, False),
+    (1, 2049, False, True),
+    (2, 4097, True, False),
+    (3, 5003, False, True),
+]
+
+
+def learn(config, batch, tokens, padded, given) -> None:
+    """The losses as the decoder collects them, for queries that see less than a selection keeps and for the others."""
+    heads, dim = config.index_n_heads, config.index_head_dim
+    options = {"dtype": torch.bfloat16, "requires_grad": True}
+    q, k = torch.empty(batch, tokens, heads, dim, **options), torch.empty(batch, tokens, dim, **options)
+    mask = torch.ones(batch, tokens, dtype=torch.bool) if padded else None
+    rule = Selection(config.index_topk, config.local_window, config.anchor_stride)
+    num_dense = min(rule.dense_length(tokens), tokens)
+    heads, step = config.num_attention_heads, 512
+    if config.attention_type == "mla":
+        nope, rotary = config.qk_nope_head_dim, config.qk_rope_head_dim
+        forms = [(heads, nope + rotary), (1, config.kv_lora_rank + rotary)]
+    else:
+        forms, step = [(config.num_key_value_heads, config.head_dim)], 4096
+    for groups, width in forms:
+        loss = IndexerLoss(q, k, torch.empty(batch, tokens, q.shape[2]), key_mask=mask)
+        loss._chosen = lambda *arguments: "triton"
+        queries = torch.empty(batch, tokens, heads, width, dtype=torch.bfloat16)
+        keys = torch.empty(batch, groups, tokens, width, dtype=torch.bfloat16)
+        lse = torch.empty(batch, heads, num_dense).transpose(1, 2) if given else None
+        loss.add_dense(0, queries[:, :num_dense], keys[:, :, :num_dense], SCALE, lse)
+        for begin in range(num_dense, tokens if (groups, width) == forms[-1] else 0, step):
+            part = queries[:, begin : begin + step]
+            width = rule.width(tokens)
+            selected = torch.zeros(*part.shape[:2], ops_keye._padded(width), dtype=torch.int32)[..., :width]
+            loss.add_sparse(begin, part, keys, torch.empty(part.shape[:3]), selected, SCALE)
 
 
 def test_warm_up_leaves_nothing_to_compile_for_any_length():
