@@ -3,14 +3,19 @@
 `compile_launches` starts a process without the interpreter, calls functions of a test module there, and replaces every
 launch by a compilation: types, alignments and compile-time constants are those of the real call. Registers, stack
 (spills), shared memory and the instructions come out of the binary. Nothing runs, so results stay unwritten.
+
+The disassembler takes far longer to start than to read a kernel, so it reads all kernels of an architecture at once.
 """
 
+import bisect
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -45,34 +50,35 @@ class Report:
 
 
 @functools.cache
-def _compile(module: str, functions: tuple[str, ...], arch: int) -> dict[str, list[Report]]:
+def compile_launches(module: str) -> dict[int, dict[str, list[Report]]]:
+    """Compute capability -> name of a function of `module` -> reports of its launches, in order.
+
+    `module` is a dotted name, and its `NAMES` says which functions are called for which capability. They take no
+    argument and pass CPU tensors to the host code. Compiled once per process.
+    """
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
     environment.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "reports.json"
-        command = [sys.executable, "-m", "tests.kernels.aot", module, str(arch), str(answer), *functions]
+        command = [sys.executable, "-m", "tests.kernels.aot", module, str(answer)]
         done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
         found = json.loads(answer.read_text())
-    return {name: [Report(**report) for report in reports] for name, reports in found.items()}
-
-
-def compile_launches(module: str, functions: list[str], arch: int) -> dict[str, list[Report]]:
-    """Reports of the launches of each function of `module` (a dotted name), in order, for compute capability `arch`.
-
-    The functions take no argument and pass CPU tensors to the host code. Compiled once per process and argument.
-    """
-    return _compile(module, tuple(functions), arch)
+    return {
+        int(arch): {name: [Report(**report) for report in reports] for name, reports in of_arch.items()}
+        for arch, of_arch in found.items()
+    }
 
 
 class _Recorder:
-    """Stands in for `JITFunction.run`; equal launches are compiled once."""
+    """Stands in for `JITFunction.run`; equal launches are compiled once. `launches` are places in `kernels`."""
 
     def __init__(self, arch: int):
         self.arch = arch
-        self.known: dict[str, Report] = {}
-        self.reports: list[Report] = []
+        self.known: dict[str, int] = {}
+        self.kernels: list[tuple] = []
+        self.launches: list[int] = []
 
     def run(self, kernel, *args, grid, warmup, **kwargs):
         from triton.backends.compiler import GPUTarget
@@ -94,8 +100,14 @@ class _Recorder:
         if identity not in self.known:
             source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
             compiled = compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
-            self.known[identity] = _report(kernel.__name__, compiled, constants)
-        self.reports.append(self.known[identity])
+            self.known[identity] = len(self.kernels)
+            self.kernels.append((kernel.__name__, compiled, constants))
+        self.launches.append(self.known[identity])
+
+    def reports(self) -> list[Report]:
+        """Of `kernels`, in their order."""
+        listings = _instructions([compiled.asm["cubin"] for _, compiled, _ in self.kernels], self.arch)
+        return [_report(*kernel, listing) for kernel, listing in zip(self.kernels, listings, strict=True)]
 
 
 def _describe(parameter, value) -> tuple[str, bool]:
@@ -118,19 +130,48 @@ def _describe(parameter, value) -> tuple[str, bool]:
     return kind, value % 16 == 0 and not unspecialized
 
 
-def _report(name: str, compiled, constants: dict) -> Report:
+def _tool(name: str, *arguments: str) -> str:
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _machine_code(cubin: bytes) -> bytes:
+    """The instructions of its one kernel: the section `.text.NAME` of an ELF file of 64 bits."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + number * size) for number in range(count)]
+    start_of_names = sections[names][4]
+    (code,) = (
+        cubin[start : start + length]
+        for name, _, _, _, start, length in sections
+        if cubin.startswith(b".text.", start_of_names + name)
+    )
+    return code
+
+
+def _instructions(cubins: list[bytes], arch: int) -> list[Counter]:
+    """Opcodes of each kernel, by count."""
+    codes = [_machine_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        sass = _tool("nvdisasm", "--binary", "SM90a" if arch == 90 else f"SM{arch}", file.name)
+    found = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass, re.MULTILINE)
+    ends = list(itertools.accumulate(map(len, codes)))
+    listings = [Counter() for _ in codes]
+    for address, opcode in found:
+        listings[bisect.bisect(ends, int(address, 16))][opcode] += 1
+    return listings
+
+
+def _report(name: str, compiled, constants: dict, instructions: Counter) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
-        )
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass, re.MULTILINE)
     return Report(
         kernel=name,
         constants={
@@ -141,23 +182,28 @@ def _report(name: str, compiled, constants: dict) -> Report:
         registers=numbers["REG"],
         stack=numbers["STACK"] + numbers["LOCAL"],
         shared=compiled.metadata.shared,
-        instructions=dict(Counter(opcodes)),
+        instructions=dict(instructions),
     )
 
 
-def _main(module: str, arch: str, answer: str, *functions: str) -> None:
+def _main(module: str, answer: str) -> None:
     from triton.runtime.jit import JITFunction
 
     from modeling_keye import triton_common_keye
 
-    triton_common_keye.SHARED_MEMORY_OFF_DEVICE = SHARED_LIMIT[int(arch)]
-    recorder = _Recorder(int(arch))
-    JITFunction.run = lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs)
+    functions = importlib.import_module(module)
     found = {}
-    for name in functions:
-        recorder.reports = []
-        getattr(importlib.import_module(module), name)()
-        found[name] = [dataclasses.asdict(report) for report in recorder.reports]
+    for arch, names in functions.NAMES.items():
+        triton_common_keye.SHARED_MEMORY_OFF_DEVICE = SHARED_LIMIT[arch]
+        recorder = _Recorder(arch)
+        JITFunction.run = lambda kernel, *args, recorder=recorder, **kwargs: recorder.run(kernel, *args, **kwargs)
+        launches = {}
+        for name in names:
+            recorder.launches = []
+            getattr(functions, name)()
+            launches[name] = recorder.launches
+        reports = [dataclasses.asdict(report) for report in recorder.reports()]
+        found[arch] = {name: [reports[place] for place in places] for name, places in launches.items()}
     Path(answer).write_text(json.dumps(found))
 
 

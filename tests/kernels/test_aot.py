@@ -104,12 +104,13 @@ def enumerated() -> None:
 
 ALL = [f"bf16_{shape}" for shape in SHAPES]
 ALL += ["fp16_16x64", "fp32_16x64", "many_rows", "other_lengths", "steps", "enumerated"]
+NAMES = dict.fromkeys(SHARED_LIMIT, ALL)
 
 
 @pytest.mark.parametrize("arch", sorted(SHARED_LIMIT), ids=lambda arch: f"sm_{arch}")
 @pytest.mark.parametrize("name", ALL)
 def test_no_spills_and_fits(name, arch):
-    reports = compile_launches(MODULE, ALL, arch)[name]
+    reports = compile_launches(MODULE)[arch][name]
     print(*reports, sep="\n")
     for report in reports:
         assert report.stack == 0, f"spills: {report}"
@@ -123,7 +124,7 @@ def test_no_spills_and_fits(name, arch):
 @pytest.mark.parametrize("arch", sorted(SHARED_LIMIT), ids=lambda arch: f"sm_{arch}")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scores_run_on_tensor_cores_behind_asynchronous_copies(shape, arch):
-    score, select = compile_launches(MODULE, ALL, arch)[f"bf16_{shape}"]
+    score, select = compile_launches(MODULE)[arch][f"bf16_{shape}"]
     assert (score.kernel, select.kernel) == ("_score_kernel", "_select_kernel")
     assert score.instructions.get("HGMMA" if arch == 90 else "HMMA"), str(score)
     assert score.instructions.get("LDGSTS"), str(score)
@@ -131,7 +132,7 @@ def test_scores_run_on_tensor_cores_behind_asynchronous_copies(shape, arch):
 
 @pytest.mark.parametrize("arch", sorted(SHARED_LIMIT), ids=lambda arch: f"sm_{arch}")
 def test_lengths_and_strides_compile_nothing_new(arch):
-    reports = compile_launches(MODULE, ALL, arch)
+    reports = compile_launches(MODULE)[arch]
     assert set(map(str, reports["other_lengths"])) == set(map(str, reports["bf16_16x64"]))
     masked = [
         report for report in reports["steps"] if report.constants["HAS_MASK"] and report.kernel == "_score_kernel"

@@ -86,7 +86,7 @@ NAMES = {arch: [function.__name__ for function in functions] for arch, functions
 
 @pytest.mark.parametrize(("arch", "name"), [(arch, name) for arch in NAMES for name in NAMES[arch]])
 def test_compiles_for_the_device(arch, name):
-    reports = aot.compile_launches(__name__, NAMES[arch], arch)[name]
+    reports = aot.compile_launches(__name__)[arch][name]
     print("", *reports, sep="\n")
     assert any(report.kernel in ("_forward_kernel", "_backward_kernel") for report in reports)
     for report in reports:

@@ -126,7 +126,7 @@ SPILLS = {
 
 @pytest.mark.parametrize(("arch", "name"), [(arch, name) for arch in NAMES for name in NAMES[arch]])
 def test_compiles_for_the_device(arch, name):
-    reports = aot.compile_launches(__name__, NAMES[arch], arch)[name]
+    reports = aot.compile_launches(__name__)[arch][name]
     print("", *reports, sep="\n")
     for report in reports:
         assert report.shared <= aot.SHARED_LIMIT[arch], report

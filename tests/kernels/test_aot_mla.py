@@ -126,7 +126,7 @@ assert set(PRODUCTS) <= set(NAMES[90])
 
 @pytest.mark.parametrize(("arch", "name"), [(arch, name) for arch in NAMES for name in NAMES[arch]])
 def test_compiles_for_the_device(arch, name):
-    reports = aot.compile_launches(__name__, NAMES[arch], arch)[name]
+    reports = aot.compile_launches(__name__)[arch][name]
     print("", *reports, sep="\n")
     if arch == 90 and name in PRODUCTS:
         kernel, products = PRODUCTS[name]
