@@ -6,10 +6,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache, StaticCache
 
 from modeling_keye.cache_keye import cached_length
-from tests.model.factories import TEXT_CONFIGS, text_ids, tiny_model, video_inputs
+from tests.model import factories
+from tests.model.factories import TEXT_CONFIGS, text_ids, video_inputs
 
 PROMPT, ROOM = 40, 96
 TOLERANCE = 1e-4  # as in `test_equalities`: logits are about 1.5 in size
+
+
+def tiny_model(kind: str):
+    """Of two layers: each is traced anew."""
+    dense = {"mlp_layer_types": ["dense"] * 2} if kind == "gqa_dense" else {}
+    return factories.tiny_model(kind, num_hidden_layers=2, **dense)
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +33,9 @@ def continued(model, prompt, tokens, lengths, cache, step) -> torch.Tensor:
 
 
 @torch.no_grad()
-def compare(model, prompt, lengths, whole_mask=None, turns: int = 1) -> None:
+def compare(model, prompt, lengths, whole_mask=None, turns: int = 1, backend: str = "eager") -> None:
     """Compiled steps over one static cache against eager steps over a growing one: one graph, equal logits."""
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
 
     @torch.compile(fullgraph=True, backend=counter)
     def compiled(tokens, cache):
@@ -55,7 +62,7 @@ def compare(model, prompt, lengths, whole_mask=None, turns: int = 1) -> None:
 @pytest.mark.parametrize("kind", TEXT_CONFIGS)
 def test_one_graph_for_every_position(kind):
     """From the first slot on: while everything fits the budget, and when window, anchors and indexer choose."""
-    compare(tiny_model(kind), {"input_ids": text_ids(2, 8)}, [1] * 40)
+    compare(tiny_model(kind), {"input_ids": text_ids(2, 8)}, [1] * 40, backend="aot_eager")
 
 
 @pytest.mark.parametrize("kind", ["mla", "gqa", "gqa_dense"])
@@ -86,7 +93,7 @@ def test_text_behind_the_reset_of_a_video():
     """What text adds to its slot went with the prompt that said so: a reset cache is a new one."""
     model = tiny_model("gqa")
     inputs = video_inputs(model.config, ((3, 4, 6), (2, 6, 4)))
-    step = torch.compile(lambda tokens, cache: model(tokens, past_key_values=cache).logits, backend="aot_eager")
+    step = torch.compile(lambda tokens, cache: model(tokens, past_key_values=cache).logits, backend="eager")
     reused = StaticCache(config=model.config, max_cache_len=ROOM)
     for length in (1, PROMPT):
         reused.reset()
