@@ -187,7 +187,7 @@ def test_one_graph_for_all_lengths(kind, device, graphs):
 
     found_graphs, backend = graphs
     compiled = torch.compile(step, backend=backend, fullgraph=True)
-    for num_queries, num_keys in ((3, 17), (4, 23), (5, 40), (7, 33)):
+    for num_queries, num_keys in ((2, 17), (3, 23), (4, 40)):
         inputs, _ = attention_inputs(kind, num_queries, num_keys, device)
         index = index_inputs(num_queries, num_keys, device)
         found = torch.autograd.grad(compiled(inputs, index, num_queries, num_keys), inputs)
@@ -561,11 +561,6 @@ def test_head_sizes_that_do_not_fit_are_named(monkeypatch):
         selection_backend(queries, CPU, "triton", torch.float32, torch.float32, torch.float32)
     assert says(str(refused.value), "256 heads of 512")
     assert selection_backend(queries, CPU, "auto", torch.float32, torch.float32, torch.float32) == "torch"
-
-
-def test_imports_without_triton():
-    code = "import sys; sys.modules['triton'] = None; from modeling_keye.sparse_attention_keye import warm_up"
-    subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=True)
 
 
 def test_heads_far_apart_are_brought_together():

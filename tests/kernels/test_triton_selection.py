@@ -493,6 +493,7 @@ def test_files_import_without_triton():
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "from modeling_keye import triton_common_keye, triton_selection_keye\n"
+        "from modeling_keye.sparse_attention_keye import warm_up\n"
         "import torch; print(triton_common_keye.triton_usable(torch.device('cpu')))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
