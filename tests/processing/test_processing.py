@@ -493,15 +493,16 @@ import numpy as np
 from transformers import AutoProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
-processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
-assert "modeling_keye" not in sys.modules and "torchvision" not in sys.modules
-assert type(processor.video_processor).__name__ == "KeyeVideoProcessor", type(processor.video_processor)
-assert type(processor.image_processor).__name__ == "KeyeImageProcessor", type(processor.image_processor)
-assert AutoVideoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True).max_pixels == 16 * 784
-assert AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True).max_pixels == 16 * 784
 text = "<|vision_start|><|video_pad|><|vision_end|>What?"
-print(len(processor(text=text, videos=np.zeros((4, 56, 84, 3), np.uint8), fps=1.0)["input_ids"][0]))
-processor.save_pretrained(sys.argv[2])
+for source, target in zip(sys.argv[1:], sys.argv[2:]):
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+    assert "modeling_keye" not in sys.modules and "torchvision" not in sys.modules
+    assert type(processor.video_processor).__name__ == "KeyeVideoProcessor", type(processor.video_processor)
+    assert type(processor.image_processor).__name__ == "KeyeImageProcessor", type(processor.image_processor)
+    assert AutoVideoProcessor.from_pretrained(source, trust_remote_code=True).max_pixels == 16 * 784
+    assert AutoImageProcessor.from_pretrained(source, trust_remote_code=True).max_pixels == 16 * 784
+    print(len(processor(text=text, videos=np.zeros((4, 56, 84, 3), np.uint8), fps=1.0)["input_ids"][0]))
+    processor.save_pretrained(target)
 """
 
 
@@ -509,14 +510,13 @@ def test_a_bare_folder_loads_as_remote_code(small, tmp_path):
     for name, auto in (("image_processor", "AutoImageProcessor"), ("video_processor", "AutoVideoProcessor")):
         type(getattr(small, name)).register_for_auto_class(auto)
     KeyeProcessor.register_for_auto_class()
-    saved, again = tmp_path / "saved", tmp_path / "again"
-    small.save_pretrained(saved)
-    for source, target in ((saved, again), (again, tmp_path / "third")):
-        done = subprocess.run(
-            [sys.executable, "-c", REMOTE, str(source), str(target)], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        assert int(done.stdout) == len(small(text=f"{VIDEO}What?", videos=FRAMES, fps=1.0)["input_ids"][0])
+    folders = [str(tmp_path / name) for name in ("saved", "again", "third")]
+    small.save_pretrained(folders[0])
+    command = [sys.executable, "-c", REMOTE, *folders]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = len(small(text=f"{VIDEO}What?", videos=FRAMES, fps=1.0)["input_ids"][0])
+    assert done.stdout.split() == [str(expected)] * 2
 
 
 def test_another_chat_template_is_kept(tokenizer, tmp_path):
