@@ -158,7 +158,8 @@ def test_every_stage_runs_resumes_and_trains_its_part_only(tmp_path, encoder):
         # A finished stage is read back, not run again.
         fresh = KeyeForVideoQA(KeyeConfig.from_preset("keye-tiny"))
         assert train_stage(fresh, encoder, stage, tmp_path, seed=0) == record
-        assert all(torch.equal(fresh.state_dict()[name], model.state_dict()[name]) for name in changed)
+        now, trained = fresh.state_dict(), model.state_dict()
+        assert all(torch.equal(now[name], trained[name]) for name in changed)
     found = curves(stage_log(tmp_path / "sparse"))
     assert found["indexer: KL"][0] == [2] and found["indexer: KL"][1][0] > 0
     plot_curves(tmp_path, tmp_path / "curves.svg")
