@@ -62,7 +62,7 @@ def test_decoding_steps_behind_a_video(kind):
 @pytest.mark.parametrize("kind", ["mla", "gqa"])
 def test_generating_behind_padded_media(kind):
     model = two_layers(kind)
-    inputs = media_inputs(model.config, "both" if kind == "gqa" else "video", batch=2)
+    inputs = media_inputs(model.config, "image" if kind == "gqa" else "video", batch=2)
     wanted = model.generate(**inputs, max_new_tokens=2, do_sample=False)
     with pretended_device():
         found = model.to(DEVICE).generate(**moved(inputs), max_new_tokens=2, do_sample=False)
