@@ -397,11 +397,7 @@ def dense_attention(
     returns 0. FlashAttention is used where it is installed and takes the inputs, with a slot on the device never. Keys
     and values behind such a slot must be finite, as the zeros of an empty static cache are.
     """
-    if key_mask is None and not isinstance(query_offset, torch.Tensor):
-        version = flash_version(q.device, q.dtype, q.shape[-1])
-        if version is not None:
-            return flash_causal(version, q, *_seen(k, v, query_offset + q.shape[2]), scaling)[0]
-    return _torch_dense_attention(q, k, v, scaling=scaling, query_offset=query_offset, key_mask=key_mask)
+    return _dense_attention(q, k, v, scaling, query_offset, key_mask, with_lse=False)[0]
 
 
 def dense_attention_with_lse(
@@ -418,19 +414,22 @@ def dense_attention_with_lse(
     None in its place where what attends keeps it to itself, as `scaled_dot_product_attention` does; on CUDA the kernels
     inside of it can be asked. What is None costs whoever needs it a pass over the keys.
     """
+    return _dense_attention(q, k, v, scaling, query_offset, key_mask, with_lse=True)
+
+
+def _dense_attention(
+    q, k, v, scaling, query_offset, key_mask, with_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     if key_mask is None and not isinstance(query_offset, torch.Tensor):
-        seen = _seen(k, v, query_offset + q.shape[2])
+        num_keys = query_offset + q.shape[2]
+        seen = k[:, :, :num_keys], v[:, :, :num_keys]
         version = flash_version(q.device, q.dtype, q.shape[-1])
         if version is not None:
             return flash_causal(version, q, *seen, scaling)
-        fused = fused_causal(q, *seen, scaling)
+        fused = fused_causal(q, *seen, scaling) if with_lse else None
         if fused is not None:
             return fused
-    return dense_attention(q, k, v, scaling=scaling, query_offset=query_offset, key_mask=key_mask), None
-
-
-def _seen(k: torch.Tensor, v: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return k[:, :, :num_keys], v[:, :, :num_keys]
+    return _torch_dense_attention(q, k, v, scaling=scaling, query_offset=query_offset, key_mask=key_mask), None
 
 
 def dense_latent_attention(
