@@ -221,12 +221,12 @@ def autotune(
 
     Call it before `warm_up` and before the first input: other blocks round otherwise, so results before and after may
     differ by rounding (selections never do). Minutes, nearly all of them compilation. Blocks depend on head sizes,
-    dtype and device alone, so nothing is measured or compiled per length afterwards. Prefill and backward are timed,
-    decoding is not: its calls are shorter than what the host takes to launch them.
+    dtype and device alone, so nothing is measured or compiled per length afterwards.
 
     Args:
         config: a `KeyeTextConfig`, or a `KeyeConfig`. device, dtype: the model's.
-        training: the backward kernels too.
+        training: the backward kernels too, in the mode that `torch.use_deterministic_algorithms` asks for now, and with
+            an `indexer_loss_coef` the losses of its `indexer_stage`.
         file: JSON file that keeps what was measured, per device and release of Triton. What it holds is used instead
             of measuring again, and each kernel is added as soon as it is done. In a job of several processes, tune in
             one of them and let the others read.

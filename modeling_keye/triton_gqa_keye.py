@@ -71,6 +71,7 @@ def union_tiles(heads_per_group: int, dim: int, value_dim: int, element_size: in
     return Tiles(rows // heads, heads, places, 8, 5 if ahead else 3)
 
 
+@tunable("gqa_lists", places=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 5, 7))
 def list_tiles(heads_per_group: int, dim: int, value_dim: int, element_size: int, shared: int) -> Tiles:
     """The same for one query per program."""
     heads = max(16, triton.next_power_of_2(heads_per_group))

@@ -22,7 +22,7 @@ import torch
 
 from .triton_common_keye import jit, on_device, shared_memory, tl, triton, within_32_bits
 from .triton_gather_keye import LOG2_E, WORKSPACE_BYTES, load_rows, scores_of
-from .triton_kl_index_keye import gradient_tiles, index_lse, index_scores, slab_gradients
+from .triton_kl_index_keye import gradient_tiles, index_lse, index_lse_tiles, index_scores, slab_gradients
 from .triton_kl_keye import (
     Tiles,
     head_tiles,
@@ -35,6 +35,11 @@ from .triton_kl_keye import (
     statistics_dtype,
     walk_tiles,
     width_of,
+)
+from .triton_tuning_keye import tunable
+
+divergence_tiles = tunable("kl_divergence", rows=(32, 64, 128), keys=(64, 128), num_warps=(4, 8), num_stages=(2, 3))(
+    head_tiles
 )
 
 
@@ -248,8 +253,8 @@ def _all_tiles(queries, keys, q, k) -> tuple[Tiles, Tiles, Tiles, Tiles]:
     largest = max((width, size), (index_width, index_size), key=lambda sizes: sizes[0] * sizes[1])
     return (
         walk_tiles(width, size, shared),
-        head_tiles(index_width, index_size, shared),
-        head_tiles(*largest, shared),
+        index_lse_tiles(index_width, index_size, shared),
+        divergence_tiles(*largest, shared),
         gradient_tiles(index_width, index_size, shared),
     )
 

@@ -16,9 +16,15 @@ import torch
 
 from .triton_common_keye import jit, on_device, tl, triton
 from .triton_gather_keye import HOPPER_SHARED, add_weighted, first_fitting, load_rows, scores_of
-from .triton_kl_keye import LIFT, Tiles, load_mask, padded, statistics_dtype
+from .triton_kl_keye import LIFT, Tiles, head_tiles, load_mask, padded, statistics_dtype
+from .triton_tuning_keye import tunable
+
+index_lse_tiles = tunable("kl_index_lse", rows=(32, 64, 128), keys=(64, 128), num_warps=(4, 8), num_stages=(2, 3))(
+    head_tiles
+)
 
 
+@tunable("kl_gradients", rows=(64, 128), keys=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3))
 def gradient_tiles(width: int, element_size: int, shared: int) -> Tiles:
     """Blocks for the gradients of an indexer of `width` padded columns."""
     hopper = shared >= HOPPER_SHARED and element_size == 2

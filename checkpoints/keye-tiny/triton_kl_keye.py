@@ -20,6 +20,7 @@ import torch
 
 from .triton_common_keye import jit, operand_dtype, tl, triton
 from .triton_gather_keye import HOPPER_SHARED, SLACK, first_fitting, load_rows
+from .triton_tuning_keye import tunable
 
 # q - p lies in [-1, 1]. Multiplied by this it is a normal float16 from 4e-9 on, and far from the greatest.
 LIFT = 2.0**14
@@ -55,6 +56,7 @@ def width_of(dim: int) -> int:
     return widths["BLOCK_A"] + (widths["BLOCK_R"] if widths["R"] else 0)
 
 
+@tunable("kl_attention_lse", rows=(64, 128), keys=(64, 128), num_warps=(4, 8), num_stages=(2, 3))
 def walk_tiles(width: int, element_size: int, shared: int) -> Tiles:
     """Blocks of a kernel that walks over keys, for rows of `width` padded columns; no length enters."""
     buffers = _buffers(element_size, shared)

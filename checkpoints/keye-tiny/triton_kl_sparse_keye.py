@@ -31,15 +31,19 @@ from .triton_gather_keye import (
 )
 from .triton_kl_keye import LIFT, Tiles, key_factors, operand_types, padded, statistics_dtype, width_of
 from .triton_kl_target_keye import targets, unit_of
+from .triton_tuning_keye import tunable
 
 # Rows of the workspace are whole tiles of places, so that stores there need no mask.
 _PLACES_MULTIPLE = 64
 
 
-def _list_tiles(heads: int, width: int, element_size: int, shared: int, index: tuple[int, int, int]) -> Tiles:
+@tunable("kl_lists", rows=(16, 32, 64), keys=(16, 32, 64), num_warps=(4, 8), num_stages=(2, 3))
+def list_tiles(
+    heads: int, width: int, element_size: int, index_heads: int, index_width: int, index_size: int, shared: int
+) -> Tiles:
     """Heads of a block and places for `heads` heads of `width` padded columns, and for those of the indexer.
 
-    `index` is the same three numbers of the indexer, all of whose heads are one block.
+    All heads of the indexer are one block. Places divide `_PLACES_MULTIPLE`.
     """
     hopper = shared >= HOPPER_SHARED and element_size == 2
 
@@ -47,12 +51,12 @@ def _list_tiles(heads: int, width: int, element_size: int, shared: int, index: t
         # Hopper reads a tile from shared memory while the next one arrives; older devices hold it in registers.
         buffers = 2 if hopper else 1
         attention = (heads + buffers * places) * width * element_size + heads * places * 2
-        return max(attention, ((index[0] + buffers * places) * index[1] + index[0] * places) * index[2])
+        return max(attention, ((index_heads + buffers * places) * index_width + index_heads * places) * index_size)
 
     most = min(64 if hopper else 32, padded(heads))
     blocks = [(64, 64), (32, 64), (16, 64), (32, 32), (16, 32), (16, 16)] if element_size == 2 else [(16, 16)]
     block, places = first_fitting([pair for pair in blocks if pair[0] <= most], size, shared)
-    return Tiles(block, places, 8 if width > 256 or index[0] * index[1] > 64 * 64 else 4, 2)
+    return Tiles(block, places, 8 if width > 256 or index_heads * index_width > 64 * 64 else 4, 2)
 
 
 @jit(do_not_specialize=["first_query", "num_queries", "num_keys", "num_places", "part_stride"])
@@ -269,14 +273,10 @@ def unsupported(queries: torch.Tensor, keys: torch.Tensor, q: torch.Tensor, k: t
 
 
 def _tiles(queries, keys, q, k) -> Tiles:
-    sizes = [
-        (heads, width, torch.promote_types(a.dtype, b.dtype).itemsize)
-        for heads, width, a, b in (
-            (queries.shape[2] // keys.shape[1], width_of(queries.shape[3]), queries, keys),
-            (padded(q.shape[2]), padded(q.shape[3]), q, k),
-        )
-    ]
-    return _list_tiles(*sizes[0], shared_memory(queries.device), sizes[1])
+    size = torch.promote_types(queries.dtype, keys.dtype).itemsize
+    attention = (queries.shape[2] // keys.shape[1], width_of(queries.shape[3]), size)
+    index = (padded(q.shape[2]), padded(q.shape[3]), torch.promote_types(q.dtype, k.dtype).itemsize)
+    return list_tiles(*attention, *index, shared_memory(queries.device))
 
 
 @torch.no_grad()

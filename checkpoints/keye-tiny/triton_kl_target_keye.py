@@ -21,6 +21,7 @@ import torch
 from .triton_common_keye import jit, on_device, tl, triton
 from .triton_gather_keye import HOPPER_SHARED, LOG2_E, SLACK, first_fitting, scores_of
 from .triton_kl_keye import Tiles, load_columns, split_width, width_of
+from .triton_tuning_keye import tunable
 from .triton_union_keye import unions, unit_blocks
 
 # Queries of a unit whose union is worth making: fewer share too little.
@@ -38,6 +39,7 @@ class UnionTiles:
     num_stages: int
 
 
+@tunable("kl_unions", places=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 5))
 def union_tiles(heads: int, width: int, element_size: int, shared: int) -> UnionTiles:
     """Blocks for `heads` heads per group of keys of `width` padded columns; no length enters."""
     heads = triton.next_power_of_2(heads)

@@ -53,6 +53,15 @@ def selection_rule(config) -> dict[str, int | None] | None:
     return None if all(value is None for value in rule.values()) else rule
 
 
+def scored_heads(config) -> dict[str, tuple[int, int, int]]:
+    """Heads, groups of keys and head size of the attention that the indexer's losses look at; lists use the last."""
+    heads = config.num_attention_heads
+    if config.attention_type == "mla":
+        absorbed = (heads, 1, config.kv_lora_rank + config.qk_rope_head_dim)
+        return {"": (heads, heads, config.qk_nope_head_dim + config.qk_rope_head_dim), ", absorbed": absorbed}
+    return {"": (heads, config.num_key_value_heads, config.head_dim)}
+
+
 def _steps(config, device, dtype, training) -> list[tuple[str, Callable[[], None]]]:
     rule = selection_rule(config)
     if rule is None:
@@ -82,13 +91,7 @@ def _steps(config, device, dtype, training) -> list[tuple[str, Callable[[], None
 
 def _loss_steps(config, device, dtype) -> list[tuple[str, Callable[[], None]]]:
     """Losses of queries that attend to all they see, and in the adaptation stage to lists, few queries and many."""
-    steps = []
-    heads = config.num_attention_heads
-    if config.attention_type == "mla":
-        absorbed = (heads, 1, config.kv_lora_rank + config.qk_rope_head_dim)
-        forms = {"": (heads, heads, config.qk_nope_head_dim + config.qk_rope_head_dim), ", absorbed": absorbed}
-    else:
-        forms = {"": (heads, config.num_key_value_heads, config.head_dim)}
+    steps, forms = [], scored_heads(config)
     for form, scored in forms.items():
         for padded in (False, True):
             name = f"loss{form}{', padded' if padded else ''}"
