@@ -23,6 +23,9 @@ OLDEST_CAPABILITY = (8, 0)
 # Stand in for a device where there is none: in the interpreter and when compiling ahead of time. An H100's.
 SHARED_MEMORY_OFF_DEVICE = 227 * 1024
 MULTIPROCESSORS_OFF_DEVICE = 132
+# By how much blocks are chosen from capability 10 on, where there may be as much as on Hopper: matrix instructions find
+# more of their operands in shared memory there, and Hopper's blocks would not fit. An A100's.
+SHARED_MEMORY_PAST_HOPPER = 163 * 1024
 
 # Triton decides when a kernel is decorated, hence once for this process.
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
@@ -85,10 +88,13 @@ def operand_dtype(dtype: torch.dtype):
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use: 227 KiB on an H100, 163 on an A100, 99 on consumer cards."""
+    """Bytes of shared memory that blocks are chosen by, no more than a program may use: 227 KiB on an H100, 163 on an
+    A100 and a B200, 99 on consumer cards."""
     if device.type != "cuda":
         return SHARED_MEMORY_OFF_DEVICE
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    limit = properties.shared_memory_per_block_optin
+    return limit if properties.major < 10 else min(limit, SHARED_MEMORY_PAST_HOPPER)
 
 
 def multiprocessors(device: torch.device) -> int:

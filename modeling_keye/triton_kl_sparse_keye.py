@@ -29,7 +29,7 @@ from .triton_gather_keye import (
     scores_of,
     used_places,
 )
-from .triton_kl_keye import LIFT, Tiles, key_factors, operand_types, padded, statistics_dtype, width_of
+from .triton_kl_keye import LIFT, ListTiles, key_factors, operand_types, padded, statistics_dtype, width_of
 from .triton_kl_target_keye import targets, unit_of
 from .triton_tuning_keye import tunable
 
@@ -37,10 +37,10 @@ from .triton_tuning_keye import tunable
 _PLACES_MULTIPLE = 64
 
 
-@tunable("kl_lists", rows=(16, 32, 64), keys=(16, 32, 64), num_warps=(4, 8), num_stages=(2, 3))
+@tunable("kl_lists", rows=(16, 32, 64), keys=(16, 32, 64), num_warps=(4, 8), num_stages=(2, 3), apart=(False, True))
 def list_tiles(
     heads: int, width: int, element_size: int, index_heads: int, index_width: int, index_size: int, shared: int
-) -> Tiles:
+) -> ListTiles:
     """Heads of a block and places for `heads` heads of `width` padded columns, and for those of the indexer.
 
     All heads of the indexer are one block. Places divide `_PLACES_MULTIPLE`.
@@ -56,7 +56,8 @@ def list_tiles(
     most = min(64 if hopper else 32, padded(heads))
     blocks = [(64, 64), (32, 64), (16, 64), (32, 32), (16, 32), (16, 16)] if element_size == 2 else [(16, 16)]
     block, places = first_fitting([pair for pair in blocks if pair[0] <= most], size, shared)
-    return Tiles(block, places, 8 if width > 256 or index_heads * index_width > 64 * 64 else 4, 2)
+    warps = 8 if width > 256 or index_heads * index_width > 64 * 64 else 4
+    return ListTiles(block, places, warps, 2, hopper and places == 64 and width != triton.next_power_of_2(width))
 
 
 @jit(do_not_specialize=["first_query", "num_queries", "num_keys", "num_places", "part_stride"])
@@ -272,7 +273,7 @@ def unsupported(queries: torch.Tensor, keys: torch.Tensor, q: torch.Tensor, k: t
     return None
 
 
-def _tiles(queries, keys, q, k) -> Tiles:
+def _tiles(queries, keys, q, k) -> ListTiles:
     size = torch.promote_types(queries.dtype, keys.dtype).itemsize
     attention = (queries.shape[2] // keys.shape[1], width_of(queries.shape[3]), size)
     index = (padded(q.shape[2]), padded(q.shape[3]), torch.promote_types(q.dtype, k.dtype).itemsize)

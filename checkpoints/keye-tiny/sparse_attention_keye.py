@@ -423,7 +423,7 @@ def _dense_attention(
     if key_mask is None and not isinstance(query_offset, torch.Tensor):
         num_keys = query_offset + q.shape[2]
         seen = k[:, :, :num_keys], v[:, :, :num_keys]
-        version = flash_version(q.device, q.dtype, q.shape[-1])
+        version = flash_version(q.device, q.dtype, int(q.shape[-1]), int(v.shape[-1]))
         if version is not None:
             return flash_causal(version, q, *seen, scaling)
         fused = fused_causal(q, *seen, scaling) if with_lse else None

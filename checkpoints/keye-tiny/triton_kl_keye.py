@@ -36,6 +36,13 @@ class Tiles:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class ListTiles(Tiles):
+    """The same for lists of places, and whether two blocks of columns are multiplied apart."""
+
+    apart: bool
+
+
 def padded(size: int) -> int:
     """The least power of two that holds `size` columns of a matrix product."""
     return max(16, triton.next_power_of_2(size))

@@ -20,7 +20,7 @@ import torch
 
 from .triton_common_keye import jit, on_device, tl, triton
 from .triton_gather_keye import HOPPER_SHARED, LOG2_E, SLACK, first_fitting, scores_of
-from .triton_kl_keye import Tiles, load_columns, split_width, width_of
+from .triton_kl_keye import ListTiles, load_columns, split_width, width_of
 from .triton_tuning_keye import tunable
 from .triton_union_keye import unions, unit_blocks
 
@@ -53,6 +53,18 @@ def union_tiles(heads: int, width: int, element_size: int, shared: int) -> Union
     # Half of the stages bring positions, half keys. Two programs share a multiprocessor, one reduces while one waits.
     ahead = hopper and 2 * (size(columns, places, 3) + SLACK) <= shared
     return UnionTiles(columns // heads, heads, places, 4, 5 if ahead else 3)
+
+
+@jit
+def _scores_apart(b_q, b_q_rest, b_k, b_k_rest, start, used, ACC: tl.constexpr):
+    """k q^T over both blocks of columns, [BK, BH], in branches that are always taken, as in `triton_mla_keye`."""
+    if start >= 0:
+        b_scores = scores_of(b_q, b_k, True, ACC)
+    else:
+        b_scores = scores_of(b_q_rest, b_k_rest, True, ACC)
+    if used >= 0:
+        b_scores = tl.dot(b_k_rest, tl.trans(b_q_rest), b_scores, input_precision="ieee", out_dtype=ACC)
+    return b_scores
 
 
 @jit(do_not_specialize=["first_query", "num_queries", "num_keys", "num_places", "num_groups"])
@@ -91,6 +103,7 @@ def _list_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,  # of a loop that multiplies both blocks of columns apart, or None
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -113,15 +126,18 @@ def _list_kernel(
         b_q, b_q_rest = load_columns(q_rows, m_head, stride_qd, A, R, BLOCK_A, BLOCK_R, DOT)
         b_lse = tl.load(lse_ptr + o_head * stride_lh, mask=m_head, other=float("inf")).to(ACC) * 1.4426950408889634
         group_ptr = keys_ptr + (i_block // head_blocks) * tl.cast(stride_kg, tl.int64)
-        for start in range(0, used, BLOCK_K):
+        for start in tl.range(0, used, BLOCK_K, num_stages=STAGES):
             o_place = start + tl.arange(0, BLOCK_K)
             b_index = tl.load(selected_ptr + o_place * stride_sk, mask=o_place < num_places, other=-1)
             m_place = (b_index >= 0) & (b_index < num_keys)
             key_rows = group_ptr + b_index.to(tl.int64) * stride_kt
             b_k, b_k_rest = load_columns(key_rows, m_place, stride_kd, A, R, BLOCK_A, BLOCK_R, DOT)
-            b_scores = scores_of(b_q, b_k, True, ACC)
-            if R > 0:
-                b_scores += scores_of(b_q_rest, b_k_rest, True, ACC)
+            if STAGES is None:
+                b_scores = scores_of(b_q, b_k, True, ACC)
+                if R > 0:
+                    b_scores += scores_of(b_q_rest, b_k_rest, True, ACC)
+            else:
+                b_scores = _scores_apart(b_q, b_q_rest, b_k, b_k_rest, start, used, ACC)
             b_target = tl.sum(tl.exp2(b_scores * scale_log2 - b_lse[None, :]), 1) / (num_groups * HEADS)
             # An unused place has score 0, which may lie far above the log-sum-exp.
             b_target = tl.where(m_place, b_target, 0.0)
@@ -227,7 +243,7 @@ def targets(
     selected: torch.Tensor,
     used: torch.Tensor,
     scaling: float,
-    list_tiles: Tiles,
+    list_tiles: ListTiles,
     unit: UnionTiles | None,
     target: torch.Tensor,
     types: dict,
@@ -266,6 +282,7 @@ def targets(
                     **common,
                     BLOCK_H=list_tiles.rows,
                     BLOCK_K=list_tiles.keys,
+                    STAGES=list_tiles.num_stages if list_tiles.apart and common["R"] else None,
                     num_warps=list_tiles.num_warps,
                     num_stages=list_tiles.num_stages,
                 )

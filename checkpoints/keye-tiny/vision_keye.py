@@ -337,7 +337,7 @@ class KeyeVisionEncoder(nn.Module):
         if self.config._attn_implementation != "sdpa" or (self.training and self.config.attention_dropout):
             return None
         head_size = self.config.hidden_size // self.config.num_attention_heads
-        return flash_version(hidden_states.device, autocast_dtype(hidden_states), head_size)
+        return flash_version(hidden_states.device, autocast_dtype(hidden_states), head_size, head_size)
 
     def forward(self, hidden_states: torch.Tensor, rows: list[GridRow], per_frame: bool) -> torch.Tensor:
         lengths = []

@@ -1,5 +1,6 @@
 """Dense layers and the vision tower take FlashAttention where it is installed; here a stand-in with its signature."""
 
+import inspect
 import sys
 import types
 
@@ -71,10 +72,9 @@ def installed(monkeypatch):
         module = types.ModuleType(name)
         module.flash_attn_func, module.flash_attn_varlen_func = dense, flash_attn_varlen_func
         monkeypatch.setitem(sys.modules, name, module)
-    flash_attention_keye._installed.cache_clear()
+    monkeypatch.setattr(flash_attention_keye, "_functions", {})
+    assert flash_attention_keye._installed(4) and flash_attention_keye._installed(2)
     calls.clear()
-    yield
-    flash_attention_keye._installed.cache_clear()
 
 
 def device(monkeypatch, capability):
@@ -85,19 +85,71 @@ def device(monkeypatch, capability):
 @pytest.mark.usefixtures("installed")
 def test_version_by_device_dtype_and_head_size(monkeypatch):
     hopper = device(monkeypatch, (9, 0))
-    version = flash_attention_keye.flash_version
-    assert version(hopper, torch.bfloat16, 72) == 4
-    assert version(hopper, torch.float32, 72) is None
-    assert version(hopper, torch.float16, 70) is None and version(hopper, torch.float16, 264) is None
-    assert version(torch.device("cpu"), torch.bfloat16, 72) is None
-    assert version(device(monkeypatch, (8, 0)), torch.bfloat16, 72) == 2
-    assert version(device(monkeypatch, (7, 5)), torch.float16, 64) is None
+    half, version = torch.float16, flash_attention_keye.flash_version
+    assert version(hopper, torch.bfloat16, 72, 72) == 4
+    assert version(hopper, torch.float32, 72, 72) is None
+    assert version(hopper, half, 70, 70) is None and version(hopper, half, 264, 264) is None
+    assert version(hopper, half, 64, 128) is None
+    assert version(torch.device("cpu"), torch.bfloat16, 72, 72) is None
+    assert version(device(monkeypatch, (8, 0)), torch.bfloat16, 72, 72) == 2
+    assert version(device(monkeypatch, (7, 5)), half, 64, 64) is None
     monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
-    flash_attention_keye._installed.cache_clear()
-    assert version(device(monkeypatch, (9, 0)), torch.bfloat16, 72) == 2
+    flash_attention_keye._functions.clear()
+    assert version(device(monkeypatch, (9, 0)), torch.bfloat16, 72, 72) == 2
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    flash_attention_keye._installed.cache_clear()
-    assert version(hopper, torch.bfloat16, 72) is None
+    flash_attention_keye._functions.clear()
+    assert version(hopper, torch.bfloat16, 72, 72) is None
+
+
+@pytest.mark.usefixtures("installed")
+def test_version_4_takes_fewer_sizes_on_newer_devices(monkeypatch):
+    """`_validate_head_dims` of flash-attn-4 (4.0.0b36)."""
+    sizes = [(72, 72), (128, 64), (160, 160), (192, 128), (192, 192), (192, 96), (256, 256), (256, 128)]
+    expected = {(9, 0): [4] * 8, (10, 0): [4, 4, 2, 4, 2, 2, 4, 4], (11, 0): [4, 4, 2, 4, 2, 2, 4, 4], (12, 0): [2] * 8}
+    for capability, versions in expected.items():
+        gpu = device(monkeypatch, capability)
+        assert [flash_attention_keye.flash_version(gpu, torch.float16, *pair) for pair in sizes] == versions, capability
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("version", [4, 2])
+@pytest.mark.parametrize("value_dim", [192, 128, 64])
+def test_values_are_widened_only_where_they_must_be(version, value_dim, monkeypatch):
+    q, k, v = torch.randn(1, 2, 3, 192), torch.randn(1, 2, 3, 192), torch.randn(1, 2, 3, value_dim)
+    taken, name = [], "flash_attn.cute" if version == 4 else "flash_attn"
+    kernel = sys.modules[name].flash_attn_func
+
+    def watched(q, k, v, **options):
+        taken.append(v)
+        return kernel(q, k, v, **options)
+
+    watched.__signature__ = inspect.signature(kernel)
+    monkeypatch.setattr(sys.modules[name], "flash_attn_func", watched)
+    monkeypatch.setattr(flash_attention_keye, "_functions", {version: flash_attention_keye._imported(version)})
+    out, _ = flash_attention_keye.flash_causal(version, q, k, v, 0.3)
+    torch.testing.assert_close(out, attend(q, k, v, 0.3, causal=True)[0].transpose(1, 2))
+    as_they_are = value_dim == 192 or (version, value_dim) == (4, 128)
+    assert taken[0].shape[-1] == (value_dim if as_they_are else 192)
+    assert (taken[0].data_ptr() == v.data_ptr()) == as_they_are
+
+
+@pytest.mark.parametrize("version", [None, 4, 2])
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_one_graph_with_and_without_flash_attention(version, with_lse, installed, monkeypatch):
+    """The compiler asks what is installed once, and does not try to trace it."""
+    monkeypatch.setattr(flash_attention_keye, "_DEVICE_TYPE", "cpu")
+    device(monkeypatch, (9, 0))
+    for number, name in ((4, "flash_attn.cute"), (2, "flash_attn")):
+        if number != version:
+            monkeypatch.setitem(sys.modules, name, None)
+    flash_attention_keye._functions.clear()
+    dense = sparse_attention_keye.dense_attention_with_lse if with_lse else sparse_attention_keye.dense_attention
+    q, k, v = (torch.randn(1, heads, 5, 24, dtype=torch.float16) for heads in (4, 2, 2))
+    torch.compiler.reset()
+    found = torch.compile(dense, backend="eager", fullgraph=True)(q, k, v, scaling=0.3)
+    torch.compiler.reset()
+    assert calls == ([] if version is None else ["dense"])
+    torch.testing.assert_close(found, dense(q, k, v, scaling=0.3))
 
 
 @pytest.mark.usefixtures("installed")
@@ -176,6 +228,7 @@ def test_log_sum_exp_beside_the_attention(kind, num_queries, offset, monkeypatch
 @pytest.mark.usefixtures("installed")
 def test_a_release_that_gives_no_log_sum_exp(monkeypatch):
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_func", flash_attn_func)
+    monkeypatch.setattr(flash_attention_keye, "_functions", {2: flash_attention_keye._imported(2)})
     monkeypatch.setattr(sparse_attention_keye, "flash_version", lambda *arguments: 2)
     q, k, v = torch.randn(1, 4, 5, 24), torch.randn(1, 2, 5, 24), torch.randn(1, 2, 5, 16)
     out, lse = sparse_attention_keye.dense_attention_with_lse(q, k, v, scaling=0.3)
@@ -211,7 +264,7 @@ def test_vision_tower_asks_for_what_autocast_multiplies(monkeypatch):
     config = KeyeVisionConfig(**sizes, image_size=56, patch_size=14)
     config._attn_implementation = "sdpa"
     tower, asked = KeyeVisionTransformer(config).eval(), []
-    monkeypatch.setattr(vision_keye, "flash_version", lambda device, dtype, size: asked.append(dtype))
+    monkeypatch.setattr(vision_keye, "flash_version", lambda device, dtype, *sizes: asked.append(dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         tower(torch.randn(8, 3, 14, 14), torch.tensor([[1, 2, 4]]))
     tower(torch.randn(8, 3, 14, 14), torch.tensor([[1, 2, 4]]))

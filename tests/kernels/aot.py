@@ -24,8 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Bytes that one program may use on an A100, on consumer cards and on an H100.
-SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+# Bytes that one program may use on an A100, on consumer cards, on an H100 and on a B200.
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Where blocks are chosen by these limits; a B200 gets those of an A100.
+CHOOSING = (80, 89, 90)
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _instructions(cubins: list[bytes], arch: int) -> list[Counter]:
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
         file.write(b"".join(codes))
         file.flush()
-        sass = _tool("nvdisasm", "--binary", "SM90a" if arch == 90 else f"SM{arch}", file.name)
+        sass = _tool("nvdisasm", "--binary", f"SM{arch}" + "a" * (arch >= 90), file.name)
     found = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass, re.MULTILINE)
     ends = list(itertools.accumulate(map(len, codes)))
     listings = [Counter() for _ in codes]
@@ -194,7 +196,8 @@ def _main(module: str, answer: str) -> None:
     functions = importlib.import_module(module)
     found = {}
     for arch, names in functions.NAMES.items():
-        triton_common_keye.SHARED_MEMORY_OFF_DEVICE = SHARED_LIMIT[arch]
+        most = SHARED_LIMIT[90] if arch < 100 else triton_common_keye.SHARED_MEMORY_PAST_HOPPER
+        triton_common_keye.SHARED_MEMORY_OFF_DEVICE = min(SHARED_LIMIT[arch], most)
         recorder = _Recorder(arch)
         JITFunction.run = lambda kernel, *args, recorder=recorder, **kwargs: recorder.run(kernel, *args, **kwargs)
         launches = {}

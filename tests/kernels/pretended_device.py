@@ -209,7 +209,7 @@ def _note(kind: str) -> None:
 def pretended_device() -> Iterator[list[str]]:
     """Inside, "cuda" is a small Hopper device that runs the kernels; yields the list of what the host reads from it."""
     properties = SimpleNamespace(
-        name="a device that is none", shared_memory_per_block_optin=227 * 1024, multi_processor_count=4
+        name="a device that is none", shared_memory_per_block_optin=227 * 1024, major=9, multi_processor_count=4
     )
     answers = {
         "_lazy_init": None,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_keye.triton_selection_keye import select_tokens
-from tests.kernels.aot import SHARED_LIMIT, compile_launches
+from tests.kernels.aot import CHOOSING, SHARED_LIMIT, compile_launches
 
 MODULE = "tests.kernels.test_aot"
 SHAPES = ["4x128", "16x64", "32x128", "64x128"]
@@ -104,10 +104,10 @@ def enumerated() -> None:
 
 ALL = [f"bf16_{shape}" for shape in SHAPES]
 ALL += ["fp16_16x64", "fp32_16x64", "many_rows", "other_lengths", "steps", "enumerated"]
-NAMES = dict.fromkeys(SHARED_LIMIT, ALL)
+NAMES = dict.fromkeys(CHOOSING, ALL)
 
 
-@pytest.mark.parametrize("arch", sorted(SHARED_LIMIT), ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("arch", CHOOSING, ids=lambda arch: f"sm_{arch}")
 @pytest.mark.parametrize("name", ALL)
 def test_no_spills_and_fits(name, arch):
     reports = compile_launches(MODULE)[arch][name]
@@ -121,7 +121,7 @@ def test_no_spills_and_fits(name, arch):
         assert programs >= (2 if "score" in report.kernel else 1), str(report)
 
 
-@pytest.mark.parametrize("arch", sorted(SHARED_LIMIT), ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("arch", CHOOSING, ids=lambda arch: f"sm_{arch}")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scores_run_on_tensor_cores_behind_asynchronous_copies(shape, arch):
     score, select = compile_launches(MODULE)[arch][f"bf16_{shape}"]
@@ -130,7 +130,7 @@ def test_scores_run_on_tensor_cores_behind_asynchronous_copies(shape, arch):
     assert score.instructions.get("LDGSTS"), str(score)
 
 
-@pytest.mark.parametrize("arch", sorted(SHARED_LIMIT), ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("arch", CHOOSING, ids=lambda arch: f"sm_{arch}")
 def test_lengths_and_strides_compile_nothing_new(arch):
     reports = compile_launches(MODULE)[arch]
     assert set(map(str, reports["other_lengths"])) == set(map(str, reports["bf16_16x64"]))

@@ -128,6 +128,9 @@ SPILLS = {
 def test_compiles_for_the_device(arch, name):
     reports = aot.compile_launches(__name__)[arch][name]
     print("", *reports, sep="\n")
+    if (arch, name) == (90, "sparse_absorbed"):
+        # Of one group of four warps: 36 for a tile of 64 places, and 4 in the branch that is never taken.
+        assert [r.instructions["HGMMA"] for r in reports if r.kernel == "_list_kernel"] == [40], reports
     for report in reports:
         assert report.shared <= aot.SHARED_LIMIT[arch], report
         atomic = report.kernel == "_mark_kernel" or (report.kernel, report.constants.get("OWN_ROWS")) == SHARED_KEYS

@@ -17,7 +17,7 @@ from modeling_keye.triton_kl_dense_keye import dense_kl
 from modeling_keye.triton_kl_keye import head_tiles, split_width, walk_tiles, width_of
 from modeling_keye.triton_kl_sparse_keye import sparse_kl
 from modeling_keye.triton_kl_target_keye import union_tiles, unit_of
-from tests.kernels.aot import SHARED_LIMIT
+from tests.kernels.aot import CHOOSING, SHARED_LIMIT
 
 # Exactly representable in float32, in which kernels receive it.
 SCALE = 0.3125
@@ -458,7 +458,7 @@ def test_split_width_covers_every_column(dim):
 
 
 @pytest.mark.parametrize("element_size", [2, 4])
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("arch", CHOOSING)
 @pytest.mark.parametrize("width", [16, 128, 192, 576])
 def test_tiles_fit_shared_memory(width, arch, element_size):
     for choose in (walk_tiles, head_tiles):
@@ -467,7 +467,7 @@ def test_tiles_fit_shared_memory(width, arch, element_size):
 
 
 @pytest.mark.parametrize("element_size", [2, 4])
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("arch", CHOOSING)
 @pytest.mark.parametrize(("heads", "width"), [(1, 16), (6, 192), (8, 128), (16, 576), (128, 64)])
 def test_tiles_of_unions_fit_shared_memory(heads, width, arch, element_size):
     tiles = union_tiles(heads, width, element_size, SHARED_LIMIT[arch])

@@ -10,7 +10,7 @@ from modeling_keye import triton_common_keye, triton_mla_backward_keye
 from modeling_keye.sparse_eager_keye import eager_attention
 from modeling_keye.triton_mla_backward_keye import row_tiles, score_tiles
 from modeling_keye.triton_mla_keye import MAX_HEADS, forward_tiles, sparse_mla
-from tests.kernels.aot import SHARED_LIMIT
+from tests.kernels.aot import CHOOSING, SHARED_LIMIT
 
 # Exactly representable in float32, in which kernels receive it.
 SCALE = 0.3125
@@ -362,7 +362,7 @@ def test_refuses_too_many_heads():
 
 
 @pytest.mark.parametrize("element_size", [2, 4])
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("arch", CHOOSING)
 @pytest.mark.parametrize("latent", [16, 128, 512, 1024])
 @pytest.mark.parametrize("heads", [1, 17, 48, 128])
 def test_tiles_fit_shared_memory(heads, latent, arch, element_size):
