@@ -38,13 +38,21 @@ PROCESSOR_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
+# Published files that ours replace.
+_KEPT_FILES = (*PROCESSOR_FILES, "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 _DATA_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 # Only with one of these is there a vocabulary.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _RECORDED = {
-    "layout", "unfused_experts", "fp8_block", "dtype", "dropped",
-    "published_config", "published_generation_config", "published_files",
-}  # fmt: skip
+    "layout": str,
+    "unfused_experts": bool,
+    "fp8_block": list | None,
+    "dtype": str | None,
+    "dropped": list,
+    "published_config": dict,
+    "published_generation_config": dict | None,
+    "published_files": dict,
+}
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
@@ -194,10 +202,18 @@ def read_record(folder: Path) -> dict | None:
     problem = None
     if record.get("format") != 1:
         problem = f"format {record.get('format')!r}"
-    elif missing := sorted(_RECORDED - set(record)):
+    elif missing := sorted(set(_RECORDED) - set(record)):
         problem = f"no {', '.join(missing)}"
+    elif wrong := [name for name, kind in _RECORDED.items() if not isinstance(record[name], kind)]:
+        problem = f"{wrong[0]} {str(record[wrong[0]])[:60]!r}"
     elif record["layout"] not in LAYOUTS:
         problem = f"layout {record['layout']!r}"
+    elif not all(isinstance(name, str) for name in record["dropped"]):
+        problem = "something else than names of tensors in dropped"
+    elif foreign := [name for name in record["published_files"] if name not in _KEPT_FILES]:
+        problem = f"{foreign[0]!r} in published_files"
+    elif not all(isinstance(text, str) for text in record["published_files"].values()):
+        problem = "something else than texts in published_files"
     if problem is not None:
         raise ValueError(
             f"{folder / RECORD} has {problem}; the way back needs what a conversion keeps there (format 1). Give "
@@ -208,9 +224,8 @@ def read_record(folder: Path) -> dict | None:
 
 def kept_files(folder: Path) -> dict[str, str]:
     """Texts of the published files that ours replace, for the way back. Raises `ValueError` for what is no UTF-8."""
-    names = (*PROCESSOR_FILES, "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
     texts = {}
-    for name in names:
+    for name in _KEPT_FILES:
         if (folder / name).is_file():
             try:
                 texts[name] = (folder / name).read_bytes().decode("utf-8")

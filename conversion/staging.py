@@ -127,7 +127,7 @@ def refuse_other_run(dst: Path, fingerprint: dict[str, str]) -> None:
     _refuse_foreign(partial_folder(dst))
     if has_begun(dst):
         with open(partial_folder(dst) / JOURNAL, "rb") as journal:
-            _refuse_other(json.loads(journal.readline()).get("fingerprint", {}), fingerprint, dst)
+            _refuse_other((_entry(journal.readline()) or {}).get("fingerprint", {}), fingerprint, dst)
 
 
 def refuse_occupied(dst: Path) -> None:
@@ -199,15 +199,23 @@ def _lock(journal: int, partial: Path) -> None:
     raise ValueError(f"another run is at work in {partial}; wait until it has ended or choose another DST.")
 
 
+def _entry(line: bytes) -> dict | None:
+    """A line of the journal, None for what is none."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
 def _whole_lines(journal: int) -> list[dict]:
     """The entries of the journal; what follows the last one that can be read is cut off."""
     data = os.pread(journal, os.fstat(journal).st_size, 0)
     entries, end = [], 0
     while (newline := data.find(b"\n", end)) >= 0:
-        try:
-            entries.append(json.loads(data[end:newline]))
-        except ValueError:
+        if (entry := _entry(data[end:newline])) is None:
             break
+        entries.append(entry)
         end = newline + 1
     os.ftruncate(journal, end)
     return entries

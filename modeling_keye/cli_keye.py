@@ -55,7 +55,8 @@ MAX_NEW_TOKENS = 256
 
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
+# What tokenizers of chat models reserve: <|video_pad|>, <|im_end|>, and DeepSeek's spelling with wide bars.
+CONTROL_TOKEN = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>")
 
 REPORTED_PACKAGES = (
     "transformers",
@@ -81,6 +82,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (default: the process's own) and return its exit code."""
+    if sys.stdout is None:
+        print("keye: standard output is closed; there is nowhere to write to.", file=sys.stderr)
+        return BAD_INPUT
     for stream in (sys.stdout, sys.stderr):
         if not _writes_unicode(stream):  # an answer that cost minutes is written, whatever the terminal can show
             stream.reconfigure(errors="backslashreplace")
@@ -88,12 +92,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(argv)
         finally:
-            # Behind this function nobody could catch that the reader of a pipe is gone.
-            sys.stdout.flush()
+            # Behind this function nobody could catch that what stdout still holds cannot be written.
+            _write()
     except BrokenPipeError:
-        # What stdout still holds is written when the process ends, and must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return BROKEN_PIPE
+    except _Unwritten as error:
+        _forget_output()
+        print(f"keye: the output cannot be written: {error}.", file=sys.stderr)
+        return BAD_INPUT
+
+
+class _Unwritten(Exception):
+    """Standard output takes no more, of a full disk for example."""
+
+
+def _write(line: str | None = None) -> None:
+    """A line, or nothing more, to standard output."""
+    try:
+        sys.stdout.write("" if line is None else line + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _Unwritten(error.strerror) from error
+
+
+def _forget_output() -> None:
+    # What stdout still holds is written when the process ends, and must not fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _writes_unicode(stream: Any) -> bool:
@@ -175,11 +202,11 @@ def _ask(args: argparse.Namespace) -> int:
         device = _check_device(args.device)
         answer = _answer(args, folder, question, device)
     if args.json:
-        print(json.dumps(answer, ensure_ascii=not _writes_unicode(sys.stdout)))
+        _write(json.dumps(answer, ensure_ascii=not _writes_unicode(sys.stdout)))
     else:
-        print(answer["answer"])
+        _write(answer["answer"])
         times = ", ".join(f"{frame['time']:.1f}" for frame in answer["frames"])
-        print(textwrap.fill(f"frames at (seconds): {times}", width=100, subsequent_indent="  "))
+        _write(textwrap.fill(f"frames at (seconds): {times}", width=100, subsequent_indent="  "))
     return 0
 
 
@@ -470,7 +497,7 @@ def _info(args: argparse.Namespace) -> int:
         lines.append((f"attention on {device}", f"{resolve_backend('auto', device)} (of {', '.join(BACKENDS[1:])})"))
     lines.append(("default model", f"{DEFAULT_MODEL} ({'found' if DEFAULT_MODEL.is_dir() else 'not found'})"))
     width = max(len(name) for name, _ in lines)
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in lines))
+    _write("\n".join(f"{name:<{width}}  {value}" for name, value in lines))
     return 0
 
 

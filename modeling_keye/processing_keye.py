@@ -198,7 +198,8 @@ class KeyeProcessor(ProcessorMixin):
 
         Other control tokens in the text of a message work: `<|im_end|>` ends the turn, so a stranger's words could go
         on as the assistant. `sanitize_control_tokens=True` (not in every release of transformers that this runs with)
-        makes plain text of all of them, of the placeholders too. `keye ask` and the training rows refuse them.
+        makes plain text of all of them, of the placeholders too; a tokenizer that knows no other spelling of one, as
+        keye-tiny's, refuses it. `keye ask` and the training rows refuse them.
         """
         known = inspect.signature(ProcessorMixin.apply_chat_template).parameters
         sanitize = bool(kwargs.get("sanitize_control_tokens"))

@@ -197,7 +197,7 @@ def test_empty_question(refused, clip, question):
     assert "the question is empty" in refused("ask", clip, question)
 
 
-@pytest.mark.parametrize("token", ["<|video_pad|>", "<|image_pad|>", "<|im_end|>"])
+@pytest.mark.parametrize("token", ["<|video_pad|>", "<|im_end|>", "<｜end▁of▁sentence｜>"])
 def test_control_token_in_question(refused, clip, token):
     assert token in refused("ask", clip, f"What is {token} here?")
 
@@ -403,6 +403,20 @@ def test_nobody_reads_the_output():
     done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_full_disk():
+    command = [sys.executable, "-m", "modeling_keye", "info"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "keye: the output cannot be written: No space left on device.\n")
+
+
+def test_no_standard_output(refused, monkeypatch):
+    """As behind `>&-`."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert "standard output is closed" in refused("info")
 
 
 def set_text_config(folder: Path, **changes: object) -> None:

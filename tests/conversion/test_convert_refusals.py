@@ -209,6 +209,27 @@ def test_the_way_back_needs_what_conversion_json_keeps(ours, tmp_path, capsys):
     assert_nothing_written(tmp_path / "x")
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"layout": []}, "has layout '[]'"),
+        ({"unfused_experts": "x"}, "has unfused_experts 'x'"),
+        ({"dropped": 3}, "has dropped '3'"),
+        ({"dropped": [3]}, "something else than names of tensors in dropped"),
+        ({"fp8_block": 128}, "has fp8_block '128'"),
+        ({"published_files": []}, "has published_files '[]'"),
+        ({"published_files": {"../evil": "x"}}, "has '../evil' in published_files"),
+        ({"published_files": {"tokenizer_config.json": 3}}, "something else than texts in published_files"),
+    ],
+)
+def test_a_damaged_record_is_refused(change, problem, ours, tmp_path, capsys):
+    damaged = copied(ours, tmp_path / "damaged")
+    record = json.loads((damaged / "conversion.json").read_text())
+    (damaged / "conversion.json").write_text(json.dumps(record | change))
+    assert problem in refusal(capsys, damaged, tmp_path / "x", "--to", "published")
+    assert_nothing_written(tmp_path / "x")
+
+
 def test_a_changed_configuration_is_not_published_as_it_was(ours, tmp_path, capsys):
     changed = copied(ours, tmp_path / "changed")
     config = json.loads((changed / "config.json").read_text())

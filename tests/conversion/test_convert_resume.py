@@ -108,6 +108,14 @@ def test_what_a_power_cut_lost_is_written_again(stopped, ours, tmp_path):
     assert {name: contents(stopped)[name] for name in names} == {name: contents(ours)[name] for name in names}
 
 
+def test_a_line_of_the_journal_that_is_no_entry_ends_it(stopped, ours, tmp_path):
+    journal = partial_folder(stopped) / "journal.jsonl"
+    first = journal.read_text().splitlines(keepends=True)[0]
+    journal.write_text(first + "[]\n")
+    convert(tmp_path / "source", stopped, max_shard_size="300KB")
+    assert contents(stopped).keys() == contents(ours).keys()
+
+
 def test_a_finished_file_that_was_changed_is_not_trusted(stopped, tmp_path, capsys):
     shard = min((partial_folder(stopped) / "output").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])

@@ -317,6 +317,22 @@ def test_a_small_budget_is_not_dense():
     assert (logits_of(sparse, **inputs) - logits_of(dense, **inputs)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("attention", ["keye_sparse", "eager"])
+@pytest.mark.parametrize("change", [{"index_topk": 2}, {"local_window": None}, {"anchor_stride": 3}], ids=str)
+def test_a_budget_that_is_changed_later_holds_at_once(change, attention):
+    """What the config says is what runs, and what is saved."""
+    model, inputs = tiny_model("gqa", attn_implementation=attention), text_inputs(length=90)
+    before = logits_of(model, **inputs)
+    for name, value in change.items():
+        setattr(model.config.text_config, name, value)
+    changed = tiny_model("gqa", attn_implementation=attention, **change)
+    changed.load_state_dict(model.state_dict())
+    after = logits_of(model, **inputs)
+    assert (after - before).abs().max() > 0.1
+    assert torch.equal(after, logits_of(changed, **inputs))
+    assert model.attention_backend_report() == changed.attention_backend_report()
+
+
 @pytest.mark.parametrize("kind", SPARSE_KINDS)
 def test_layers_may_differ(kind):
     types = ["full_attention", INDEXED_LAYER_TYPE, "full_attention"]

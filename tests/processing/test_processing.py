@@ -279,6 +279,14 @@ def test_sanitized_text_may_hold_placeholders(small):
 
 @pytest.mark.compat
 @needs_sanitizing
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|video_pad|>", "<|frame|>"])
+def test_a_tokenizer_of_whole_words_cannot_spell_a_token_otherwise(token):
+    with pytest.raises(ValueError, match=rf"Can't sanitize '{re.escape(token)}'"):
+        chat(KeyeProcessor.from_pretrained(TINY), video_message(FRAMES, f"a {token} b"), sanitize_control_tokens=True)
+
+
+@pytest.mark.compat
+@needs_sanitizing
 @pytest.mark.parametrize("token", ["<|VIDEO_PAD|>", "<|IM_END|>"])
 def test_sanitizing_refuses_spellings_that_it_would_miss(small, token):
     # Case matters to this tokenizer, so capitals are plain text.
