@@ -1,8 +1,10 @@
 """Rows out of the `datasets` library: Hub names, saved data sets, parquet files, data sets in memory."""
 
+import contextlib
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +78,15 @@ def pick_split(dataset: Any, split: str, name: str) -> Any:
 def load_saved(folder: Path, split: str) -> Any:
     """A folder written by `save_to_disk`."""
     _require(folder)
-    return pick_split(datasets.load_from_disk(str(folder)), split, str(folder))
+    with _naming(folder):
+        loaded = datasets.load_from_disk(str(folder))
+    return pick_split(loaded, split, str(folder))
 
 
 def load_parquet(path: Path) -> Any:
     _require(path)
-    return datasets.Dataset.from_parquet(str(path))
+    with _naming(path):
+        return datasets.Dataset.from_parquet(str(path))
 
 
 def load_named(source: str, split: str, **options) -> Any:
@@ -92,12 +97,22 @@ def load_named(source: str, split: str, **options) -> Any:
     _require(source)
     if "trust_remote_code" in options:
         raise DataError(f"{source}: trust_remote_code is not supported; code of data sets is never run, so remove it.")
-    try:
+    with _naming(source):
         loaded = datasets.load_dataset(source, **options)
-    except (ValueError, OSError, RuntimeError, TypeError) as error:
-        raise DataError(f"the data set {source!r} cannot be loaded: {error}") from error
     is_dataset(loaded)
     return pick_split(loaded, split, source)
+
+
+@contextlib.contextmanager
+def _naming(source: Any) -> Iterator[None]:
+    """What the library finds wrong with a source, said by its name."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, TypeError, datasets.exceptions.DatasetsError) as error:
+        # That one says what the library did, and its cause what was wrong.
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        reason = " ".join(str(cause or error).split())
+        raise DataError(f"the data set {str(source)!r} cannot be loaded: {reason}") from error
 
 
 def _require(source: Any) -> None:

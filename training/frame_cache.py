@@ -20,6 +20,8 @@ from transformers.utils import logging
 
 from modeling_keye.video_processing_keye import KeyeVideoMetadata, KeyeVideoProcessor
 
+from .data_errors import DataError
+
 logger = logging.get_logger(__name__)
 
 # Raised when what an entry holds changes.
@@ -76,10 +78,18 @@ class CachingVideoProcessor(KeyeVideoProcessor):
 
 
 def with_frame_cache(processor: Any, folder: str | os.PathLike) -> Any:
-    """A copy of a processor whose videos go through a cache in `folder`; the original stays as it is."""
+    """A copy of a processor whose videos go through a cache in `folder`; the original stays as it is.
+
+    Raises `DataError` where there can be no such folder.
+    """
     caching = CachingVideoProcessor.from_dict(processor.video_processor.to_dict())
     caching.cache_folder = Path(os.path.abspath(folder))
-    caching.cache_folder.mkdir(parents=True, exist_ok=True)
+    try:
+        caching.cache_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"frame_cache={str(folder)!r} is where no folder can be made; choose another: {error}"
+        ) from error
     processor = copy.copy(processor)
     processor.video_processor = caching
     return processor

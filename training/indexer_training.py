@@ -10,6 +10,7 @@ backpropagated from its output trains the indexer too. What stands here is aroun
     class IndexerSFTTrainer(IndexerTrainerMixin, trl.SFTTrainer): ...
 """
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -59,11 +60,15 @@ class IndexerTrainerMixin:
 
     It also makes the indexer's loss follow the loss of the trainer where that is not the model's own `outputs.loss`
     (TRL, `compute_loss_func`, label smoothing): without it, the weight of the indexer's loss would be
-    `indexer_loss_coef` per micro-batch, whatever accumulation and loss scaling do. Stands before the trainer class.
+    `indexer_loss_coef` per micro-batch, whatever accumulation and loss scaling do. With label smoothing the loss is of
+    the next token, as without. Stands before the trainer class.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.label_smoother is not None:
+            # The library shifts labels for its own language models only, and others would learn to repeat their input.
+            self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
         self._decoder = decoder_of(self.model)
         self._decoder.register_forward_hook(self._collect)
         self._collected: torch.Tensor | None = None

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import enum
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -104,7 +105,7 @@ class Recipe:
         model: folder or Hub name that training starts from; published layouts are read as well.
         output: folder of the run: checkpoints, and `final` when it is done.
         resume: "auto" goes on from the last whole checkpoint in `output`, "never" refuses to, and a path goes on from
-            that checkpoint.
+            that checkpoint, whose run may differ, but not in `model`, `stage`, `lora`, `indexer` or optimizer.
         dtype: of the weights while training; "auto" keeps what is stored.
         router_balance: step of the expert bias per optimizer step, see `training.router_balance`.
         lora: adapters in place of full training (`finetune` only).
@@ -175,7 +176,7 @@ _TRAINER_TYPES["fsdp"] = bool | str | None
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe; `overrides` are `key=value` with values in YAML. Raises `RecipeError` naming file and key."""
-    path = Path(path)
+    path, overrides = Path(path), list(overrides)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
@@ -189,7 +190,15 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     try:
         return make_recipe(values)
     except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from error
+        raise RecipeError(f"{_origin(path, overrides, str(error))}: {error}") from error
+
+
+def _origin(path: Path, overrides: list[str], message: str) -> str:
+    """Where the key was given that `message` is about, which is the first that it names."""
+    named = re.search(r"`(.+?)`", message)[1]
+    keys = [override.partition("=")[0] for override in overrides]
+    given = any(f"{key}.".startswith(f"{named}.") or named.startswith(f"{key}.") for key in keys)
+    return "the command line" if given else str(path)
 
 
 def make_recipe(values: dict) -> Recipe:
@@ -365,6 +374,11 @@ def _shown(value: Any) -> str:
 
 def _check(recipe: Recipe) -> None:
     """Values that each are right, but not together or not in size."""
+    texts = {"model": recipe.model, "output": recipe.output}
+    texts |= {f"data.{name}": getattr(recipe.data, name) for name in ("train", "eval", "media_root", "frame_cache")}
+    for name, value in texts.items():
+        if value == "":
+            raise RecipeError(f"`{name}` is empty text; it must be a path or a name.")
     numbers = {
         "data.max_length": recipe.data.max_length,
         "data.pad_to_multiple_of": recipe.data.pad_to_multiple_of,

@@ -7,6 +7,7 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -19,15 +20,17 @@ FREE = ("resume", "output")
 FREE_TRAINER = re.compile(
     r"dataloader_(?!drop_last)|log_|logging_|eval_|save_|disable_tqdm|report_to|run_name|skip_memory_metrics"
 )
+# May not change even where `resume` names the checkpoint: weights and optimizer are of these.
+FIXED = re.compile(r"(stage|model|lora|indexer|trainer\.optim)(\.|$)")
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether saving it came to its end: the state of the trainer is what is written last."""
     try:
         state = json.loads((checkpoint / STATE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
-    return checkpoint.name == f"checkpoint-{state['global_step']}"
+    return isinstance(state, dict) and checkpoint.name == f"checkpoint-{state.get('global_step')}"
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -39,14 +42,22 @@ def last_checkpoint(output: Path) -> Path | None:
 def find_start(output: Path, resume: str, recipe: dict) -> Path | None:
     """The checkpoint that a run in `output` goes on from, None for its beginning.
 
-    `recipe` is that of the run as plain values. Raises `RecipeError` when `output` belongs to another recipe.
+    `recipe` is that of the run as plain values. Raises `RecipeError` when `output` belongs to another recipe, or the
+    checkpoint that `resume` names to a model that is trained otherwise.
     """
     if resume not in ("auto", "never"):
-        if not is_whole(Path(resume)):
+        checkpoint = Path(resume)
+        if not is_whole(checkpoint):
             raise RecipeError(
                 f"`resume` is {resume!r}, which is no whole checkpoint; give auto, never or a checkpoint-N."
             )
-        return Path(resume)
+        for key, before, now in _changes(checkpoint.parent, recipe):
+            if FIXED.match(key):
+                raise RecipeError(
+                    f"`resume` is {resume!r}, which does not fit this recipe: `{key}` was {before!r} there and is "
+                    f"{now!r}. Set it as it was, or name another checkpoint."
+                )
+        return checkpoint
     found = last_checkpoint(output)
     if found is None:
         return None
@@ -60,16 +71,36 @@ def find_start(output: Path, resume: str, recipe: dict) -> Path | None:
 
 def check_same_run(output: Path, recipe: dict) -> None:
     """Raises `RecipeError` naming the first key in which the recipe that `output` was made by differs."""
-    file = output / "recipe.json"
-    if not file.exists():
-        raise RecipeError(f"{output} holds checkpoints, but no recipe.json that says of what. Choose another `output`.")
-    before, now = _flat(json.loads(file.read_text())), _flat(recipe)
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise RecipeError(
-                f"{output} was made by another recipe: `{key}` was {before.get(key)!r} and is {now.get(key)!r}. Choose "
-                "another `output`, or name the checkpoint to go on from in `resume`."
-            )
+    changes = _changes(output, recipe)
+    if changes:
+        key, before, now = changes[0]
+        fits = not any(FIXED.match(key) for key, _, _ in changes)
+        going_on = "; to go on from this run under the new recipe, name its checkpoint in `resume`, too" if fits else ""
+        raise RecipeError(
+            f"{output} was made by another recipe: `{key}` was {before!r} and is {now!r}. Choose another `output`"
+            f"{going_on}."
+        )
+
+
+def _changes(folder: Path, recipe: dict) -> list[tuple[str, Any, Any]]:
+    """(key, before, now) of what may not differ from the recipe that the run in `folder` was made by."""
+    file = folder / "recipe.json"
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise RecipeError(
+            f"{folder} holds checkpoints, but no recipe.json that says of what. Put it back, or begin in another "
+            "`output`."
+        ) from error
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"{file} is damaged: it must hold a recipe as a JSON object. Put it back, or begin in another `output`."
+        )
+    before, now = _flat(values), _flat(recipe)
+    keys = sorted(before.keys() | now.keys())
+    return [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
 
 
 def _flat(recipe: dict) -> dict:

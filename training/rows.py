@@ -163,6 +163,8 @@ def _open(source: Any, split: str, check: Callable) -> tuple[Any, Path | None]:
         raise DataError(
             f"a source of rows must be a path, a name on the Hub, a data set or a list, got {type(source).__name__}."
         )
+    if source == "":
+        raise DataError("a source of rows must be a path or a name on the Hub, got an empty text.")
     path = Path(os.path.abspath(os.path.expanduser(source)))
     if path.is_dir():
         return _open_folder(path, split, check)

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from transformers import Trainer, TrainingArguments, set_seed
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from modeling_keye import KeyeProcessor
@@ -103,6 +104,12 @@ def run(recipe: Recipe) -> int:
             name = signal.Signals(stop.received).name
             print(f"{name}: stopped behind step {trainer.state.global_step} and saved. The same command goes on.")
         return 128 + stop.received
+    if trainer.state.global_step == 0:
+        raise RecipeError(
+            f"Nothing was trained: {len(datasets['train'])} rows of `data.train` do not fill one batch per process, "
+            "and `trainer.dataloader_drop_last` leaves out what is not full. Set it to false, or lower "
+            "`trainer.per_device_train_batch_size`."
+        )
     save_final(trainer, recipe, final)
     if trainer.is_world_process_zero():
         print(f"{final} is finished.")
@@ -146,7 +153,7 @@ def make_trainer(
         config=model.config,
     )
     try:
-        KeyeTrainer.get_optimizer_cls_and_kwargs(arguments, model)  # is made with the first step only
+        check_options(arguments, model)
         return KeyeTrainer(
             model=model,
             args=arguments,
@@ -158,8 +165,46 @@ def make_trainer(
         )
     except OSError as error:
         raise RecipeError(f"`output` is {recipe.output!r}, where no folder can be made: {error}") from error
+    except RecipeError:
+        raise
     except (ImportError, RuntimeError, ValueError) as error:
         raise lacking(error) from error
+
+
+def check_options(arguments: TrainingArguments, model: torch.nn.Module) -> None:
+    """Make for one number what `Trainer` makes with its first step only: optimizer, schedule and checkpointing."""
+    kind, options = KeyeTrainer.get_optimizer_cls_and_kwargs(arguments, model)
+    number = torch.zeros(1, device=arguments.device, requires_grad=True)
+    # Others, such as Muon and GaLore, are made of the whole model, which is left to the first step.
+    simple = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    simple = simple and not options.keys() & {"params", "model", "optimizer_dict"}
+    with naming_options("optim"):
+        optimizer = kind([number], **options) if simple else torch.optim.SGD([number], lr=arguments.learning_rate)
+    steps = max(arguments.max_steps, 1)
+    with naming_options("lr_scheduler_type"):
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=arguments.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        )
+    if arguments.gradient_checkpointing and arguments.gradient_checkpointing_kwargs:
+        with naming_options("gradient_checkpointing_kwargs"):
+            options = dict(arguments.gradient_checkpointing_kwargs)
+            for name in ("every_n_layers", "offload"):  # for the library; the rest is for PyTorch
+                options.pop(name, None)
+            checkpoint(torch.nn.Identity(), number, **options)
+
+
+@contextlib.contextmanager
+def naming_options(key: str) -> Iterator[None]:
+    """What is refused of `trainer.KEY` and the options that go with it, said by that name."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"`trainer.{key}` cannot be had with the options it is given: {reason}") from error
 
 
 def fit(trainer: Trainer, start: Path | None) -> None:

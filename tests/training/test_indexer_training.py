@@ -113,6 +113,15 @@ def test_trainer_and_a_plain_loop_give_the_same_gradient(loss, steps, processor,
     check_same(steps_of_indexer(model, before), expected)
 
 
+def test_label_smoothing_is_of_the_next_token(processor, records, tmp_path):
+    """With next to no smoothing the loss is the model's own, where labels are shifted."""
+    model = learner("gqa", coefficient=0.0)
+    batch = collate(processor, records)
+    trainer = make_trainer(IndexerTrainer, model, processor, records, tmp_path, label_smoothing_factor=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), model(**batch).loss)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_trainer_logs_the_loss(kind, stage, processor, records, tmp_path):

@@ -52,6 +52,8 @@ def test_a_key_that_does_not_exist(changes, key, nearest):
     ("changes", "message"),
     [
         ({"seed": "one"}, "`seed` is 'one' (str); it must be a whole number."),
+        ({"data": {"train": ""}}, "`data.train` is empty text; it must be a path or a name."),
+        ({"data": {"train": "d", "frame_cache": ""}}, "`data.frame_cache` is empty text"),
         ({"seed": True}, "`seed` is True (bool); it must be a whole number."),
         ({"stage": "fine-tune"}, "`stage` is 'fine-tune' (str); it must be one of pretrain, indexer-warmup"),
         ({"data": "clips"}, "`data` must hold keys and values, not 'clips' (str)."),
@@ -125,6 +127,25 @@ def test_overrides(tmp_path):
         with pytest.raises(RecipeError) as caught:
             load_recipe(file, [override])
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "at_fault", "key"),
+    [
+        (["seed=2", "trainer.max_steps=1.5"], "the command line", "trainer.max_steps"),
+        (["trainer={max_steps: 1.5}"], "the command line", "trainer.max_steps"),
+        (["lora.rank=4", "stage=pretrain"], "the command line", "lora"),
+        (["trainer.max_steps=1", "data.trainn=x"], "the command line", "data.trainn"),
+        (["data.train=x", "trainer.max_steps=1"], "file", "data.max_lenght"),
+    ],
+)
+def test_an_error_names_where_its_key_was_given(overrides, at_fault, key, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({**LEAST, "data": {"train": "d", "max_lenght": 1}} if at_fault == "file" else LEAST))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file, overrides)
+    message = str(caught.value)
+    assert message.startswith(f"{file if at_fault == 'file' else at_fault}: ") and f"`{key}`" in message
 
 
 @pytest.mark.parametrize(

@@ -365,7 +365,22 @@ def test_a_source_without_rows_is_refused(folder, content):
         load_rows(path)
 
 
+def test_damaged_data_sets_end_in_a_sentence(folder):
+    whole = make_parquet(folder).read_bytes()
+    # Garbage, a file that was cut, and one whose rows cannot be read behind a good footer.
+    for content in (b"garbage", whole[: len(whole) // 2], whole[:40] + b"\xff" * 60 + whole[100:]):
+        (folder / "bad.parquet").write_bytes(content)
+        with pytest.raises(DataError, match="bad.parquet' cannot be loaded: (?!An error occurred)."):
+            load_rows(folder / "bad.parquet")
+    datasets.Dataset.from_list(PLAIN).save_to_disk(folder / "saved")
+    (folder / "saved" / "state.json").write_text("{")
+    with pytest.raises(DataError, match="saved' cannot be loaded: Expecting property name"):
+        load_rows(folder / "saved")
+
+
 def test_sources_that_are_not_there(folder):
+    with pytest.raises(DataError, match="a path or a name on the Hub, got an empty text"):
+        load_rows("")
     with pytest.raises(DataError, match="there is no file or folder at .*gone.jsonl"):
         load_rows(folder / "gone.jsonl")
     with pytest.raises(DataError, match="there is no file or folder at .*gone.jsonl"):

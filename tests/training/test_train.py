@@ -204,6 +204,19 @@ def test_the_last_question_of_a_conversation():
         ({}, {"trainer": {"deepspeed": "none.json"}}, "`trainer` is refused by TrainingArguments"),
         ({}, {"trainer": {"report_to": "not_there"}}, "cannot be had here: not_there is not supported"),
         ({}, {"trainer": {"optim": "lomo"}}, "cannot be had here: You need to install `lomo_optim`"),
+        (
+            {},
+            {"trainer": {"adam_beta1": 2.0}},
+            "`trainer.optim` cannot be had with the options it is given: Invalid beta",
+        ),
+        ({}, {"trainer": {"lr_scheduler_kwargs": {"foo": 1}, "lr_scheduler_type": "linear"}}, "keyword argument 'foo'"),
+        ({}, {"trainer": {"lr_scheduler_type": "cosine_with_min_lr"}}, "`trainer.lr_scheduler_type` cannot be had"),
+        (
+            {},
+            {"trainer": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"foo": 1}}},
+            "`trainer.gradient_checkpointing_kwargs` cannot be had with the options it is given: Unexpected keyword",
+        ),
+        ({}, {"data": {"frame_cache": "README.md"}}, "frame_cache='README.md' is where no folder can be made"),
         ({}, {"data": {"chat_template": "no.jinja"}}, "the chat template 'no.jinja' cannot be read"),
     ],
 )
@@ -222,6 +235,28 @@ def test_what_is_refused_leaves_nothing_behind(row, changes, sentence, rows, tmp
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and sentence in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {
+            "optim": "adafactor",
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {"num_decay_steps": 1},
+        },
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    ],
+)
+def test_options_that_are_right_are_not_refused(trainer, rows, tmp_path):
+    run(rows, tmp_path, "finetune", trainer)
+
+
+def test_a_run_without_a_step_is_no_success(rows, tmp_path):
+    recipe = values(rows, tmp_path, "finetune", {"per_device_train_batch_size": 7, "dataloader_drop_last": True})
+    with pytest.raises(train.RecipeError, match="Nothing was trained: 6 rows .*`trainer.dataloader_drop_last`"):
+        train.run(make_recipe(recipe))
+    assert not (tmp_path / "final").exists()
 
 
 def test_what_a_worker_finds_out_is_one_sentence(rows, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """A run that was killed or stopped goes on as if nothing had happened: weights and losses are the same, bit for bit."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import yaml
 from tests.training.small_runs import logged, make_rows, python, values, weights
 from training import train
 from training.recipe import RecipeError, make_recipe
-from training.resuming import LogWithSave, check_same_run, is_whole, last_checkpoint
+from training.resuming import LogWithSave, check_same_run, find_start, is_whole, last_checkpoint
 
 # Five rows in batches of two: the steps of an epoch are no multiple of the steps between checkpoints.
 STEPS = {"max_steps": 5, "save_steps": 2, "logging_steps": 5, "lr_scheduler_type": "cosine"}
@@ -111,6 +112,39 @@ def test_a_folder_belongs_to_one_recipe(rows, tmp_path):
         train.run(make_recipe({**values_now, "resume": str(tmp_path / "checkpoint-9")}))
 
 
+def test_a_named_checkpoint_must_fit(rows, tmp_path):
+    """Steps may change, what the weights and the optimizer are of may not; nothing is written before."""
+    before = tmp_path / "before"
+    (before / "checkpoint-2").mkdir(parents=True)
+    (before / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    lora = make_recipe(recipe(rows, before, "lora"))
+    (before / "recipe.json").write_text(json.dumps(dataclasses.asdict(lora)))
+    resume, output = str(before / "checkpoint-2"), tmp_path / "after"
+    whole = make_recipe({**values(rows, output, "finetune", STEPS), "resume": resume})
+    with pytest.raises(RecipeError, match="does not fit this recipe: `lora.alpha` was 32.0 there and is None"):
+        train.run(whole)
+    assert not output.exists()
+    with pytest.raises(RecipeError, match=r"`lora.alpha` was 32.0 and is None. Choose another `output`.$"):
+        check_same_run(before, dataclasses.asdict(whole))
+    longer = dataclasses.replace(lora, trainer={**lora.trainer, "max_steps": 9})
+    with pytest.raises(RecipeError, match="`trainer.max_steps` was 5 and is 9.* name its checkpoint in `resume`, too"):
+        check_same_run(before, dataclasses.asdict(longer))
+    assert find_start(output, resume, dataclasses.asdict(longer)) == before / "checkpoint-2"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null"])
+def test_a_damaged_recipe_is_said(content, tmp_path):
+    (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(RecipeError, match="recipe.json is damaged"):
+        check_same_run(tmp_path, {"seed": 1})
+
+
+def test_a_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RecipeError, match="file', which is no whole checkpoint"):
+        find_start(tmp_path, str(tmp_path / "file"), {})
+
+
 def test_how_often_is_logged_and_saved_may_change(tmp_path):
     before = {"seed": 1, "resume": "auto", "trainer": {"save_steps": 1, "max_steps": 4}}
     (tmp_path / "recipe.json").write_text(json.dumps(before))
@@ -127,6 +161,8 @@ def test_only_whole_checkpoints_count(tmp_path):
         ("10", '{"global_step": 10}'),
         ("30", '{"global_st'),
         ("40", None),
+        ("50", "{}"),
+        ("60", "[]"),
     ):
         folder = tmp_path / f"checkpoint-{name}"
         folder.mkdir()
