@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+import PIL.Image
+import PIL.ImageOps
 import torch
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import load_image, validate_kwargs
@@ -53,11 +55,14 @@ class KeyeImageProcessor(BaseImageProcessor):
         return "torch"
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Load every path, address or base64 text in a (nested) list; images already loaded stay as they are."""
+        """Load every path, address or base64 text in a (nested) list; images already loaded stay as they are, but for
+        the rotation that their file asks for."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
         if isinstance(image_url_or_urls, os.PathLike):
             image_url_or_urls = os.fspath(image_url_or_urls)
+        if isinstance(image_url_or_urls, PIL.Image.Image):
+            return PIL.ImageOps.exif_transpose(image_url_or_urls)
         if not isinstance(image_url_or_urls, str):
             return image_url_or_urls
         try:

@@ -4,6 +4,11 @@ import re
 from typing import Any
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+# What other models' tools read in a part (qwen-vl-utils and its kin).
+_OPTIONS = {
+    *("fps", "num_frames", "nframes", "min_frames", "max_frames", "video_start", "video_end"),
+    *("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width"),
+}
 # A tokenizer that lower-cases makes a placeholder of capitals too, and no user means anything else by them.
 _PLACEHOLDER = re.compile(f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}", re.IGNORECASE)
 
@@ -44,6 +49,7 @@ def _checked_message(message: dict, tokenizer: Any, sanitize: bool) -> dict:
 def _part(part: Any, role: Any) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in ("image", "video"):
+        _check_source(part, kind, role)
         return part
     if kind == "text":
         if not isinstance(part.get("text"), str):
@@ -60,12 +66,23 @@ def _part(part: Any, role: Any) -> dict:
                 f"a {role} message holds a part of type {kind} without an address; write it as "
                 f'{{"type": "{kind}", "{kind}": {{"url": "..."}}}}.'
             )
+        _check_source({**part, "url": address}, kind.removesuffix("_url"), role)
         return {"type": kind.removesuffix("_url"), "url": address}
     shown = f"a part of type {kind!r}" if isinstance(part, dict) else f"{str(part)[:60]!r}, which is no part"
     raise ValueError(
         f"a {role} message holds {shown}; give parts of type text, image or video (or image_url and video_url), like "
         '{"type": "video", "path": ...}.'
     )
+
+
+def _check_source(part: dict, kind: str, role: Any) -> None:
+    """Raises `ValueError` for a part that says how to sample or resize, which nobody would do."""
+    options = sorted(_OPTIONS & part.keys())
+    if options:
+        raise ValueError(
+            f"a {role} message holds a part of type {kind} with {', '.join(options)}, which is not read there. Options "
+            'hold for all media: give them to apply_chat_template, as processor_kwargs={"fps": 2.0}.'
+        )
 
 
 def _check_text(text: str, role: Any, tokenizer: Any, sanitize: bool) -> None:

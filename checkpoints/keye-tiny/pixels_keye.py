@@ -1,6 +1,7 @@
 """Pictures to numbers: one frame of any form as uint8 [3, H, W], values normalised, patches cut out."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,17 @@ import torch
 
 
 def frame_to_tensor(
-    frame: Any, input_data_format: str | None = None, alpha_on_white: bool = False, scaled: bool = False
+    frame: Any,
+    input_data_format: str | None = None,
+    alpha_on_white: bool = False,
+    scaled: bool = False,
+    within_one: bool | None = None,
 ) -> torch.Tensor:
     """A PIL image, array or tensor (any channel order, grey, RGB or RGBA) as [3, H, W].
 
-    The result is uint8; floats within [0, 1] are taken as already scaled. With `scaled` floats stay what they are. A
-    PIL image of 16 bits is scaled to 8, and False and True are black and white.
+    The result is uint8; floats within [0, 1] are taken as already scaled, unless `within_one` says of all frames of a
+    video that they are or are not. With `scaled` floats stay what they are. A PIL image of 16 bits is scaled to 8, and
+    False and True are black and white.
 
     Raises `ValueError` for values that are neither 0..255 nor (floats) 0..1.
     """
@@ -50,7 +56,8 @@ def frame_to_tensor(
         if not frame.is_floating_point():
             frame = frame.to(torch.uint8)
         elif not scaled:
-            frame = (frame * 255 if high <= 1.0 else frame).round().to(torch.uint8)
+            within_one = high <= 1.0 if within_one is None else within_one
+            frame = (frame * 255 if within_one else frame).round().to(torch.uint8)
     if frame.shape[0] == 1:
         return frame.expand(3, -1, -1)
     if frame.shape[0] == 4:
@@ -61,6 +68,18 @@ def frame_to_tensor(
         blended = colour * (alpha / full) + full * (1 - alpha / full)
         return blended.round().to(torch.uint8) if frame.dtype == torch.uint8 else blended
     return frame
+
+
+def within_one(frames: Iterable[Any]) -> bool:
+    """Whether no float of any frame is above 1: a dark frame alone does not show what white is."""
+    for frame in frames:
+        if isinstance(frame, PIL.Image.Image) and frame.mode == "F":
+            frame = np.asarray(frame)
+        is_float = isinstance(frame, torch.Tensor) and frame.is_floating_point()
+        if is_float or (isinstance(frame, np.ndarray) and np.issubdtype(frame.dtype, np.floating)):
+            if bool((frame > 1).any()):
+                return False
+    return True
 
 
 def _checked_maximum(frame: torch.Tensor, scaled: bool) -> float:

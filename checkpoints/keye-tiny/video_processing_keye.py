@@ -32,7 +32,7 @@ from .frame_budget_keye import (
     smart_resize,
     spread_indices,
 )
-from .pixels_keye import frame_to_tensor, normalize_pixels, to_patches
+from .pixels_keye import frame_to_tensor, normalize_pixels, to_patches, within_one
 from .video_reader_keye import VideoReader
 
 PIXEL_DTYPES = ("float32", "bfloat16", "float16")
@@ -274,11 +274,9 @@ class KeyeVideoProcessor(BaseVideoProcessor):
             return reader.read(indices, shrink, options["progress"]), metadata
 
     def _load_frames(self, video: Any, options: dict) -> tuple[list[torch.Tensor], KeyeVideoMetadata]:
-        white = self._budget(options).alpha_on_white
-        frames = [
-            frame_to_tensor(frame, options["input_data_format"], white, scaled=not options["do_rescale"])
-            for frame in video
-        ]
+        given, white = list(video), self._budget(options).alpha_on_white
+        form = {"scaled": not options["do_rescale"], "within_one": within_one(given)}
+        frames = [frame_to_tensor(frame, options["input_data_format"], white, **form) for frame in given]
         if not frames:
             raise ValueError("a video without frames was given; give at least one frame.")
         known = dict(options["video_metadata"] or {})

@@ -538,3 +538,30 @@ def test_decoding(small):
     ids = small(text="Hello")["input_ids"]
     assert small.post_process_image_text_to_text(ids) == ["Hello"]
     assert small.batch_decode(ids, skip_special_tokens=True) == ["Hello"]
+
+
+def test_a_dark_frame_of_a_float_video_stays_dark(small):
+    """Whether white is 1 or 255 is asked of the whole video."""
+    video = np.full((3, 64, 64, 3), 200.0, np.float32)
+    video[1] = 1.0
+    as_floats, as_bytes = (small.video_processor([x])["pixel_values_videos"] for x in (video, video.astype(np.uint8)))
+    torch.testing.assert_close(as_floats, as_bytes)
+
+
+def test_a_picture_is_turned_as_its_file_says(small, tmp_path):
+    picture = Image.new("RGB", (60, 120))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # stands on its side
+    picture.save(tmp_path / "p.jpg", exif=exif)
+    with Image.open(tmp_path / "p.jpg") as opened:
+        grids = [small.image_processor([x])["image_grid_thw"].tolist() for x in (opened, str(tmp_path / "p.jpg"))]
+    assert grids[0] == grids[1] and grids[0][0][1] < grids[0][0][2]
+
+
+@pytest.mark.parametrize("kind", ["video", "video_url"])
+def test_options_in_a_part_are_not_ignored(small, kind):
+    part = {"type": kind, kind: "clip.mp4", "fps": 0.5, "nframes": 3}
+    with pytest.raises(
+        ValueError, match=r"part of type video with fps, nframes, which is not read there.*processor_kwargs"
+    ):
+        chat(small, [{"role": "user", "content": [part]}])
