@@ -6,6 +6,7 @@ Nothing here touches pixels, except the similarity of two frames at the end, whi
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +128,13 @@ def refuse_unsupported(options: dict) -> None:
     for name in UNSUPPORTED_OPTIONS:
         if options.get(name):
             raise ValueError(f"{name} is not supported; limit the area with min_pixels and max_pixels instead.")
+
+
+def check_pixel_limits(options: dict) -> None:
+    for name in ("min_pixels", "max_pixels"):
+        value = options[name]
+        if value is not None and not (isinstance(value, Real) and not isinstance(value, bool) and value > 0):
+            raise ValueError(f"{name}={value!r} must be a positive number of pixels, or None.")
 
 
 def smart_resize(

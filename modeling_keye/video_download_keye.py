@@ -18,6 +18,10 @@ class DownloadError(OSError):
     """An address that cannot be downloaded; the text is the reason."""
 
 
+class FramePaths(list):
+    """Pictures that are the frames of one video, where a plain list of paths would mean as many videos."""
+
+
 def is_address(source: str) -> bool:
     return source.lower().startswith(("http://", "https://"))
 

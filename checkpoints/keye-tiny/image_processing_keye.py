@@ -7,12 +7,18 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import load_image, validate_kwargs
+from transformers.image_utils import validate_kwargs
 from transformers.processing_utils import ImagesKwargs
 
-from .frame_budget_keye import DEFAULT_FAMILY, family_budget, refuse_unsupported, resize_pixels, smart_resize
-from .pixels_keye import frame_to_tensor, normalize_pixels, to_patches
-from .video_download_keye import local_path
+from .frame_budget_keye import (
+    DEFAULT_FAMILY,
+    check_pixel_limits,
+    family_budget,
+    refuse_unsupported,
+    resize_pixels,
+    smart_resize,
+)
+from .pixels_keye import frame_to_tensor, load_picture, normalize_pixels, to_patches
 
 
 class KeyeImagesKwargs(ImagesKwargs, total=False):
@@ -59,18 +65,11 @@ class KeyeImageProcessor(BaseImageProcessor):
         the rotation that their file asks for."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
-        if isinstance(image_url_or_urls, os.PathLike):
-            image_url_or_urls = os.fspath(image_url_or_urls)
+        if isinstance(image_url_or_urls, (str, os.PathLike)):
+            return load_picture(image_url_or_urls)
         if isinstance(image_url_or_urls, PIL.Image.Image):
             return PIL.ImageOps.exif_transpose(image_url_or_urls)
-        if not isinstance(image_url_or_urls, str):
-            return image_url_or_urls
-        try:
-            return load_image(local_path(image_url_or_urls))
-        except ValueError as error:
-            if image_url_or_urls.startswith("data:"):
-                raise
-            raise FileNotFoundError(f"there is no image at {image_url_or_urls[:200]}; check the path.") from error
+        return image_url_or_urls
 
     def preprocess(self, images: Any, **kwargs) -> BatchFeature:
         validate_kwargs(
@@ -104,6 +103,7 @@ class KeyeImageProcessor(BaseImageProcessor):
         options = {name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__}
         options.update({name: value for name, value in call.items() if name in options and value is not None})
         refuse_unsupported(options)
+        check_pixel_limits(options)
         return options
 
     def _budget(self, options: dict):

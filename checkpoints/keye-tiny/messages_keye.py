@@ -1,7 +1,10 @@
 """Chat messages before a template writes them: only parts it knows, and no text that would become a placeholder."""
 
 import re
+from os import PathLike
 from typing import Any
+
+from .video_download_keye import FramePaths
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 # What other models' tools read in a part (qwen-vl-utils and its kin).
@@ -13,25 +16,28 @@ _OPTIONS = {
 _PLACEHOLDER = re.compile(f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}", re.IGNORECASE)
 
 
-def checked_messages(conversation: Any, tokenizer: Any, sanitize: bool = False) -> Any:
+def checked_messages(conversation: Any, tokenizer: Any, sanitize: bool = False, loads: bool = True) -> Any:
     """A copy of a conversation, or of a list of them, whose parts have the type text, image or video.
 
     Parts of type `image_url` and `video_url` are written as image and video. With `sanitize` the library will make
     plain text of control tokens as the tokenizer spells them; other spellings that give the same tokens are refused.
+
+    With `loads` the library will load the media, so each part must say where its own lies, and nothing else; without,
+    they are given apart from the messages.
 
     Raises `ValueError` for all other parts and for text that holds a placeholder.
     """
     if not isinstance(conversation, (list, tuple)):
         return conversation
     return [
-        _checked_message(item, tokenizer, sanitize)
+        _checked_message(item, tokenizer, sanitize, loads)
         if isinstance(item, dict)
-        else checked_messages(item, tokenizer, sanitize)
+        else checked_messages(item, tokenizer, sanitize, loads)
         for item in conversation
     ]
 
 
-def _checked_message(message: dict, tokenizer: Any, sanitize: bool) -> dict:
+def _checked_message(message: dict, tokenizer: Any, sanitize: bool, loads: bool) -> dict:
     role, content = message.get("role"), message.get("content")
     if content is None:
         return message
@@ -39,18 +45,22 @@ def _checked_message(message: dict, tokenizer: Any, sanitize: bool) -> dict:
         raise ValueError(
             f"the content of a {role} message must be text or a list of parts, got {type(content).__name__}."
         )
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else [_part(part, role) for part in content]
+    if isinstance(content, str):
+        parts = [{"type": "text", "text": content}]
+    else:
+        parts = [_part(part, role, loads) for part in content]
     for part in parts:
         if part["type"] == "text":
             _check_text(part["text"], role, tokenizer, sanitize)
     return message if isinstance(content, str) else {**message, "content": parts}
 
 
-def _part(part: Any, role: Any) -> dict:
+def _part(part: Any, role: Any, loads: bool) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in ("image", "video"):
-        _check_source(part, kind, role)
-        return part
+        if loads:
+            _check_source(part, kind, role)
+        return _with_frame_paths(part) if kind == "video" else part
     if kind == "text":
         if not isinstance(part.get("text"), str):
             raise ValueError(
@@ -66,7 +76,8 @@ def _part(part: Any, role: Any) -> dict:
                 f"a {role} message holds a part of type {kind} without an address; write it as "
                 f'{{"type": "{kind}", "{kind}": {{"url": "..."}}}}.'
             )
-        _check_source({**part, "url": address}, kind.removesuffix("_url"), role)
+        if loads:
+            _check_source({**part, "url": address}, kind.removesuffix("_url"), role)
         return {"type": kind.removesuffix("_url"), "url": address}
     shown = f"a part of type {kind!r}" if isinstance(part, dict) else f"{str(part)[:60]!r}, which is no part"
     raise ValueError(
@@ -75,8 +86,32 @@ def _part(part: Any, role: Any) -> dict:
     )
 
 
+def _with_frame_paths(part: dict) -> dict:
+    """The part, in which a list of paths is one video."""
+    lists = {
+        name: FramePaths(value)
+        for name, value in part.items()
+        if name in ("video", "path", "url")
+        and isinstance(value, (list, tuple))
+        and value
+        and all(isinstance(item, (str, PathLike)) for item in value)
+    }
+    return {**part, **lists}
+
+
 def _check_source(part: dict, kind: str, role: Any) -> None:
-    """Raises `ValueError` for a part that says how to sample or resize, which nobody would do."""
+    """Raises `ValueError` for a part without one source, and for one that says how to sample, which nobody would do."""
+    if kind == "video" and "base64" in part:
+        raise ValueError(
+            f"a {role} message holds a part of type video with base64, which only images may have; save the video to a "
+            'file and write the part as {"type": "video", "path": ...}.'
+        )
+    sources = [name for name in (kind, "path", "url", *["base64"] * (kind == "image")) if part.get(name) is not None]
+    if len(sources) != 1:
+        raise ValueError(
+            f"a {role} message holds a part of type {kind} with {', '.join(sources) or 'nothing'} to load; say where "
+            f'the {kind} lies once, like {{"type": "{kind}", "path": ...}}.'
+        )
     options = sorted(_OPTIONS & part.keys())
     if options:
         raise ValueError(

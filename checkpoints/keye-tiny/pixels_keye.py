@@ -1,12 +1,63 @@
 """Pictures to numbers: one frame of any form as uint8 [3, H, W], values normalised, patches cut out."""
 
+import base64
+import binascii
+import io
 import math
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
+
+from .video_download_keye import DownloadError, download, is_address, local_path
+
+
+def load_picture(source: str | os.PathLike) -> PIL.Image.Image:
+    """The picture at a path, a file:// URI or an address, or in base64 text, rotated as its file asks for.
+
+    Raises `FileNotFoundError` where there is nothing and `PIL.UnidentifiedImageError` where it is no picture.
+    """
+    source = os.fspath(source)
+    if is_address(source):
+        try:
+            path = download(source)
+        except DownloadError as error:
+            raise FileNotFoundError(f"cannot download the image {source[:200]}: {error}.") from error
+        try:
+            return _open_picture(path, source)
+        finally:
+            os.remove(path)
+    path = local_path(source)
+    if os.path.isfile(path):
+        return _open_picture(path, path)
+    is_data = source[:5].lower() == "data:"
+    try:
+        content = base64.decodebytes((source.partition(",")[2] if is_data else source).encode())
+    except binascii.Error:
+        content = b""
+    try:
+        return _open_picture(io.BytesIO(content), source)
+    except PIL.UnidentifiedImageError as error:
+        if is_data:
+            raise
+        raise FileNotFoundError(f"there is no image at {source[:200]}; check the path.") from error
+
+
+def _open_picture(file: Any, name: str) -> PIL.Image.Image:
+    try:
+        with PIL.Image.open(file) as picture:
+            return PIL.ImageOps.exif_transpose(picture)
+    except (OSError, SyntaxError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # The disk is at fault, not the picture, and the text names the file.
+        detail = "" if isinstance(error, PIL.UnidentifiedImageError) else f" ({error})"
+        raise PIL.UnidentifiedImageError(
+            f"{name[:200]} holds no image that can be read{detail}; check what it is."
+        ) from error
 
 
 def frame_to_tensor(
@@ -22,7 +73,7 @@ def frame_to_tensor(
     video that they are or are not. With `scaled` floats stay what they are. A PIL image of 16 bits is scaled to 8, and
     False and True are black and white.
 
-    Raises `ValueError` for values that are neither 0..255 nor (floats) 0..1.
+    Raises `ValueError` for other types, and for values that are neither 0..255 nor (floats) 0..1.
     """
     if isinstance(frame, PIL.Image.Image):
         input_data_format = "channels_last"
@@ -37,6 +88,11 @@ def frame_to_tensor(
             frame = np.array(frame.convert("RGBA" if alpha else "RGB"))
     if isinstance(frame, np.ndarray):
         frame = torch.from_numpy(np.ascontiguousarray(frame))
+    if not isinstance(frame, torch.Tensor):
+        raise ValueError(
+            f"a picture of type {type(frame).__name__} is not understood; give a path or an address as text, a PIL "
+            "image, or an array or tensor [H, W, 3] or [3, H, W]."
+        )
     if frame.ndim == 2:
         frame, input_data_format = frame[None], "channels_first"
     if frame.ndim != 3:

@@ -209,7 +209,10 @@ class KeyeProcessor(ProcessorMixin):
                 f"transformers {transformers_version} does not know sanitize_control_tokens; install 5.23, or take the "
                 "control tokens out of the messages yourself."
             )
-        conversation = checked_messages(conversation, self.tokenizer, sanitize)
+        # Images may come beside the messages, in `processor_kwargs`.
+        apart = "images" in (kwargs.get("processor_kwargs") or {})
+        loads = bool(kwargs.get("tokenize")) and not apart
+        conversation = checked_messages(conversation, self.tokenizer, sanitize, loads)
         masks = kwargs.get("return_assistant_tokens_mask") and kwargs.get("tokenize") and kwargs.get("return_dict")
         if sanitize or not masks:
             return super().apply_chat_template(conversation, chat_template, **kwargs)

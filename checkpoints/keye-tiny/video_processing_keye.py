@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from os import PathLike, fspath
 from typing import Any
 
@@ -23,6 +23,7 @@ from .frame_budget_keye import (
     FrameBudget,
     SlowFastSorter,
     adaptive_total_tokens,
+    check_pixel_limits,
     choose_frame_count,
     family_budget,
     frame_sizes,
@@ -32,7 +33,8 @@ from .frame_budget_keye import (
     smart_resize,
     spread_indices,
 )
-from .pixels_keye import frame_to_tensor, normalize_pixels, to_patches, within_one
+from .pixels_keye import frame_to_tensor, load_picture, normalize_pixels, to_patches, within_one
+from .video_download_keye import FramePaths
 from .video_reader_keye import VideoReader
 
 PIXEL_DTYPES = ("float32", "bfloat16", "float16")
@@ -41,9 +43,10 @@ PIXEL_DTYPES = ("float32", "bfloat16", "float16")
 class KeyeVideosKwargs(VideosKwargs, total=False):
     """
     family (`str`): whose constants to use: "keye_vl_preview", "keye_vl_1_5", "keye_vl_671b" or "keye_vl_2".
-    fps (`float` or one per video): frames per second to look at. For frames already decoded and without metadata it is
-        the rate of these frames.
+    fps (`float` or one per video): frames per second to look at. For frames already decoded it is the rate of these
+        frames, unless their metadata or timestamps tell it.
     num_frames (`int`): look at so many frames, evenly spread, instead of a rate.
+    do_sample_frames (`bool`): False looks at every frame, or at `num_frames` of them where that is given.
     min_frames, max_frames (`int`): limits for the number of frames when sampling by rate.
     min_pixels, max_pixels (`int`): limits for the area of one frame.
     resize_again (`list[int]`): [min_pixels, max_pixels] by which a frame that has its size is sized once more: what
@@ -135,6 +138,13 @@ class KeyeVideoProcessor(BaseVideoProcessor):
         if not videos:
             raise ValueError("the list of videos is empty; give at least one video or videos=None.")
         per_video = _spread_options(videos, kwargs)
+        for video, own in zip(videos, per_video, strict=True):
+            fps = own.get("fps", kwargs.get("fps"))
+            if fps is not None and not options["do_sample_frames"] and isinstance(video, (str, PathLike)):
+                raise ValueError(
+                    f"do_sample_frames=False looks at every frame of {fspath(video)[:200]}, which leaves nothing for "
+                    f"fps={fps!r} to choose; give only one of them."
+                )
         clips = [self._load(video, {**options, **own}) for video, own in zip(videos, per_video, strict=True)]
         features = self._to_features(clips, options)
         if options["return_metadata"]:
@@ -179,9 +189,11 @@ class KeyeVideoProcessor(BaseVideoProcessor):
             options["num_frames"] = None
         options.update({name: value for name, value in call.items() if name in options and value is not None})
         refuse_unsupported(options)
+        check_pixel_limits(options)
         for name in ("num_frames", "min_frames", "max_frames"):
-            if options[name] is not None and not (isinstance(options[name], Real) and options[name] >= 1):
-                raise ValueError(f"{name}={options[name]!r} must be a positive number of frames.")
+            value = options[name]
+            if value is not None and not (isinstance(value, Integral) and not isinstance(value, bool) and value >= 1):
+                raise ValueError(f"{name}={value!r} must be a positive whole number of frames.")
         if options["pixel_dtype"] not in PIXEL_DTYPES:
             raise ValueError(f"pixel_dtype={options['pixel_dtype']!r} must be one of {', '.join(PIXEL_DTYPES)}.")
         return options
@@ -274,28 +286,40 @@ class KeyeVideoProcessor(BaseVideoProcessor):
             return reader.read(indices, shrink, options["progress"]), metadata
 
     def _load_frames(self, video: Any, options: dict) -> tuple[list[torch.Tensor], KeyeVideoMetadata]:
-        given, white = list(video), self._budget(options).alpha_on_white
+        given = [load_picture(frame) if isinstance(frame, (str, PathLike)) else frame for frame in video]
+        white = self._budget(options).alpha_on_white
         form = {"scaled": not options["do_rescale"], "within_one": within_one(given)}
         frames = [frame_to_tensor(frame, options["input_data_format"], white, **form) for frame in given]
         if not frames:
             raise ValueError("a video without frames was given; give at least one frame.")
+        height, width = frames[0].shape[1:]
+        for number, frame in enumerate(frames):
+            if frame.shape[1:] != (height, width):
+                raise ValueError(
+                    f"the frames of a video must have one size, but frame 0 has {height} x {width} pixels and frame "
+                    f"{number} {frame.shape[1]} x {frame.shape[2]}; crop or resize them first, or give them as images."
+                )
         known = dict(options["video_metadata"] or {})
         times, indices = options["timestamps"], known.get("frames_indices")
         if times is None:
             times = known.get("frame_times", known.get("timestamps"))
         source_fps = _checked_rate("video_metadata fps", known.get("fps"))
         sample = options["do_sample_frames"] and times is None and indices is None
-        if source_fps is None and options["fps"] is not None:
+        # Without their numbers, frames of a longer video do not tell its rate.
+        complete = indices is not None or known.get("total_num_frames") in (None, len(frames))
+        if times is not None:
+            times = _checked_order("timestamps", times, len(frames))
+        elif source_fps is None and options["fps"] is not None:
             # Nothing else says how fast these frames follow each other, so fps does.
             source_fps = float(_checked_rate("fps", options["fps"]))
             options = {**options, "fps": None}
             sample = sample and options["num_frames"] is not None
-        if times is not None:
-            times = _checked_order("timestamps", times, len(frames))
         if indices is None:
             indices = list(range(len(frames)))
         else:
             indices = [int(index) for index in _checked_order("frames_indices", indices, len(frames), whole=True)]
+        if times is not None and source_fps is None and complete and times[0] < times[-1] and indices[0] < indices[-1]:
+            source_fps = (indices[-1] - indices[0]) / (times[-1] - times[0])
         if times is None and source_fps:
             times = [index / source_fps for index in indices]
         total_tokens = self._total_tokens(options, len(frames), source_fps)
@@ -314,8 +338,8 @@ class KeyeVideoProcessor(BaseVideoProcessor):
         metadata = KeyeVideoMetadata(
             total_num_frames=total,
             fps=source_fps,
-            height=frames[0].shape[1],
-            width=frames[0].shape[2],
+            height=height,
+            width=width,
             duration=known.get("duration") or (total / source_fps if source_fps else None),
             video_backend=known.get("video_backend"),
             frames_indices=[indices[place] for place in chosen],
@@ -425,7 +449,7 @@ def _is_frame(item: Any) -> bool:
 
 
 def _is_video(item: Any) -> bool:
-    if isinstance(item, (str, PathLike)) or (hasattr(item, "ndim") and item.ndim == 4):
+    if isinstance(item, (str, PathLike, FramePaths)) or (hasattr(item, "ndim") and item.ndim == 4):
         return True
     return isinstance(item, (list, tuple)) and len(item) > 0 and all(_is_frame(frame) for frame in item)
 

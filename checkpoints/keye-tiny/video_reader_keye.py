@@ -167,11 +167,16 @@ class VideoReader:
             except DownloadError as error:
                 raise VideoNotFoundError(f"cannot download the video {source[:200]}: {error}.") from error
             return self._download
+        if source[:5].lower() == "data:":
+            raise NotAVideoError(
+                f"a video cannot be given as a data: URI ({source[:60]}...); save it to a file and give the path."
+            )
         path = local_path(source)
         if os.path.isdir(path):
             raise NotAVideoError(f"{path} is a folder; give the path of one video file.")
         if not os.path.isfile(path):
-            raise VideoNotFoundError(f"there is no video file at {path}; check the path.")
+            # Longer than that is no path but, for example, the video itself.
+            raise VideoNotFoundError(f"there is no video file at {path[:1000]}; check the path.")
         if os.path.getsize(path) == 0:
             raise NotAVideoError(f"{path} is empty (0 bytes), so it is not a video.")
         return path

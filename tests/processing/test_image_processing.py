@@ -1,9 +1,11 @@
 """Images to patches: sizes, order, colours, and saving."""
 
+import base64
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from modeling_keye.image_processing_keye import KeyeImageProcessor
 
@@ -62,6 +64,47 @@ def test_paths_and_missing_paths(image_processor, tmp_path):
         image_processor(str(tmp_path / "nothing.png"))
     with pytest.raises(ValueError, match="the list of images is empty"):
         image_processor([])
+
+
+def test_images_in_base64(image_processor, tmp_path):
+    Image.fromarray(gradient()).save(tmp_path / "image.png")
+    text = base64.b64encode((tmp_path / "image.png").read_bytes()).decode()
+    for source in (text, f"data:image/png;base64,{text}"):
+        assert torch.equal(image_processor(source)["pixel_values"], image_processor(gradient())["pixel_values"])
+    for wrong in ("A" * 300_000, "AAA"):
+        with pytest.raises(UnidentifiedImageError, match="^data:image/png;base64,AAA.* holds no image") as error:
+            image_processor(f"data:image/png;base64,{wrong}")
+        assert len(str(error.value)) < 300
+
+
+def test_a_truncated_file_is_named(image_processor, tmp_path):
+    path = tmp_path / "cut.jpg"
+    Image.fromarray(gradient()).save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UnidentifiedImageError, match=r"cut.jpg holds no image that can be read \(.*truncated.*\)"):
+        image_processor(str(path))
+
+
+@pytest.mark.parametrize("name, values", [("grey.png", np.uint16), ("clear.png", np.uint8)])
+def test_a_file_gives_what_its_opened_image_gives(name, values, tmp_path):
+    clear = np.concatenate([gradient(56, 56), np.zeros((56, 56, 1), np.uint8)], -1)
+    Image.fromarray(gradient()[..., 0].astype(np.uint16) * 257 if values is np.uint16 else clear).save(tmp_path / name)
+    processor = KeyeImageProcessor(family="keye_vl_preview")
+    with Image.open(tmp_path / name) as opened:
+        expected = processor(opened)["pixel_values"]
+    assert torch.equal(processor(tmp_path / name)["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("image", [b"..", 3, {"path": "image.png"}])
+def test_other_types_are_named(image_processor, image):
+    with pytest.raises(ValueError, match=f"a picture of type {type(image).__name__} is not understood; give a path"):
+        image_processor(image)
+
+
+@pytest.mark.parametrize("limit", [{"min_pixels": -1}, {"max_pixels": 0}, {"min_pixels": "784"}])
+def test_limits_are_positive(image_processor, limit):
+    with pytest.raises(ValueError, match=r"(min|max)_pixels=.* must be a positive number of pixels"):
+        image_processor(gradient(), **limit)
 
 
 def test_grey_and_transparent_images():

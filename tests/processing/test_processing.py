@@ -271,7 +271,7 @@ def test_sanitized_text_may_hold_placeholders(small):
         assert (out["input_ids"][0] == token).sum() == (plain["input_ids"][0] == token).sum()
     assert "a <|video_pad|> b <|image_pad|> c <|im_end|>" in small.tokenizer.decode(out["input_ids"][0])
     # Media that are not there are still missed.
-    with pytest.raises(ValueError, match=r"holds 1 <\|video_pad\|> placeholder\(s\), but 0 video\(s\)"):
+    with pytest.raises(ValueError, match="part of type video with nothing to load"):
         chat(small, [{"role": "user", "content": [{"type": "video"}]}], sanitize_control_tokens=True)
     with pytest.raises(ValueError, match="not compatible with `return_assistant_tokens_mask"):
         chat(small, messages, sanitize_control_tokens=True, return_assistant_tokens_mask=True)
@@ -565,3 +565,37 @@ def test_options_in_a_part_are_not_ignored(small, kind):
         ValueError, match=r"part of type video with fps, nframes, which is not read there.*processor_kwargs"
     ):
         chat(small, [{"role": "user", "content": [part]}])
+    # As text alone, messages may go on to tools that read such options.
+    assert "<|video_pad|>" in small.apply_chat_template([{"role": "user", "content": [part]}], tokenize=False)
+
+
+@pytest.mark.parametrize("key", ["video", "path"])
+def test_a_list_of_paths_is_one_video(small, tmp_path, key):
+    paths = [tmp_path / f"{number}.png" for number in range(4)]
+    for path, frame in zip(paths, FRAMES, strict=True):
+        Image.fromarray(frame).save(path)
+    options = {"processor_kwargs": {"fps": 2.0, "padding": True}}
+    messages = video_message([str(paths[0]), *paths[1:]], key=key)
+    for given, expected in (
+        (messages, video_message(FRAMES)),
+        ([messages, messages], [video_message(FRAMES), video_message(FRAMES)]),
+    ):
+        out = chat(small, given, **options)
+        for name, value in chat(small, expected, **options).items():
+            assert torch.equal(out[name], value)
+    assert type(messages[0]["content"][0][key]) is list
+    with pytest.raises(FileNotFoundError, match="there is no image at .*none.png; check the path"):
+        chat(small, video_message([str(paths[0]), str(tmp_path / "none.png")]))
+
+
+def test_a_video_in_base64_is_refused(small):
+    with pytest.raises(ValueError, match="type video with base64, which only images may have; save the video"):
+        chat(small, video_message("AAAA", key="base64"))
+
+
+@pytest.mark.parametrize("part", [{"type": "video"}, {"type": "image"}, {"type": "video", "video": None}])
+def test_a_part_without_its_media_is_refused(small, part):
+    with pytest.raises(ValueError, match="with nothing to load; say where the (video|image) lies once"):
+        chat(small, [{"role": "user", "content": [part]}])
+    with pytest.raises(ValueError, match="of type video with video, path to load; say where the video lies once"):
+        chat(small, [{"role": "user", "content": [{"type": "video", "video": "a.mp4", "path": "a.mp4"}]}])

@@ -1,5 +1,6 @@
-"""Where a video lies: file:// URIs, and downloads that fail in one sentence and leave nothing behind."""
+"""Where a video or image lies: file:// URIs, and downloads that fail in one sentence and leave nothing behind."""
 
+import io
 import os
 import re
 import socket
@@ -10,16 +11,19 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import PIL.Image
 import pytest
 
+from modeling_keye.pixels_keye import load_picture
 from modeling_keye.video_download_keye import TIMEOUT_SECONDS, local_path
 from modeling_keye.video_reader_keye import VideoNotFoundError, VideoReader
 
 
 @pytest.fixture
 def server(clip, tmp_path) -> Iterator[Callable[[str], str]]:
-    """The address of a path on a server that has one clip and ways to go wrong."""
-    content = clip().read_bytes()
+    """The address of a path on a server that has one clip, one picture and ways to go wrong."""
+    video, image = clip().read_bytes(), io.BytesIO()
+    PIL.Image.new("RGB", (60, 30), "red").save(image, "png")
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args: object) -> None:
@@ -33,6 +37,7 @@ def server(clip, tmp_path) -> Iterator[Callable[[str], str]]:
             elif self.path.startswith("/missing"):
                 self.send_error(404)
             else:
+                content = image.getvalue() if self.path.startswith("/picture") else video
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(content) + 1000 * self.path.startswith("/cut")))
                 self.end_headers()
@@ -140,3 +145,30 @@ def test_file_uris(clip, name):
 def test_a_file_uri_of_nothing_names_the_path(tmp_path):
     with pytest.raises(VideoNotFoundError, match="no video file at .*my clip.mp4; check"):
         VideoReader((tmp_path / "my clip.mp4").as_uri())
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "sentence"),
+    [
+        ("/missing.png", FileNotFoundError, "cannot download the image {}: HTTP Error 404: Not Found."),
+        ("/page.html", PIL.UnidentifiedImageError, "{} holds no image that can be read; check what it is."),
+    ],
+)
+def test_an_image_that_cannot_be_had_is_named(server, temporary, path, kind, sentence):
+    address = server(path)
+    with pytest.raises(kind, match=re.escape(sentence.format(address))):
+        load_picture(address)
+    assert not list(temporary.iterdir())
+
+
+def test_an_image_of_a_server_that_is_away():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}/picture.png"
+        with pytest.raises(FileNotFoundError, match=f"cannot download the image {address}: .*refused"):
+            load_picture(address)
+
+
+def test_an_image_behind_an_address_in_capitals(server, temporary):
+    assert load_picture(server("/picture.png").replace("http", "HTTP")).getpixel((0, 0)) == (255, 0, 0)
+    assert not list(temporary.iterdir())

@@ -311,12 +311,40 @@ ORDER = "must be .* or more: none may be negative or lower than the one before"
         ({"fps": "1"}, "fps='1' must be a positive number of frames per second"),
         ({"fps": float("nan")}, "fps=nan must"),
         ({"fps": float("inf")}, "fps=inf must"),
-        ({"num_frames": "3"}, "num_frames='3' must be a positive number of frames"),
+        ({"num_frames": "3"}, "num_frames='3' must be a positive whole number of frames"),
+        ({"num_frames": 2.5}, "num_frames=2.5 must be a positive whole number of frames"),
+        ({"fps": 2.0, "max_frames": 2.5}, "max_frames=2.5 must be a positive whole number of frames"),
+        ({"min_pixels": -1}, "min_pixels=-1 must be a positive number of pixels"),
+        ({"max_pixels": 0}, "max_pixels=0 must be a positive number of pixels"),
     ],
 )
 def test_wrong_times_are_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         small()(FRAMES, **options)
+
+
+def test_times_tell_the_rate():
+    def rate_and_duration(**options):
+        metadata = small()(FRAMES, return_metadata=True, **options)["video_metadata"][0]
+        return metadata.fps, metadata.duration
+
+    seconds = list(range(12))
+    assert rate_and_duration(timestamps=seconds, fps=0.5) == rate_and_duration(timestamps=seconds) == (1.0, 12.0)
+    assert rate_and_duration(timestamps=[0] * 12, fps=0.5) == (None, None)
+    numbered = {"frames_indices": [10 * index for index in range(12)], "total_num_frames": 120}
+    assert rate_and_duration(timestamps=seconds, video_metadata=[numbered]) == (10.0, 12.0)
+    # Which of the 120 frames these are is not known.
+    assert rate_and_duration(timestamps=seconds, fps=0.5, video_metadata=[{"total_num_frames": 120}]) == (None, None)
+
+
+def test_every_frame_of_a_file_leaves_nothing_for_a_rate(clip):
+    path = clip(size=(56, 84))
+    for fps in (1.0, [1.0]):
+        with pytest.raises(ValueError, match="do_sample_frames=False looks at every frame of .*clip.mp4, .* fps=1.0"):
+            small()([path], do_sample_frames=False, fps=fps)
+    # A rate that the processor was saved with is only a default.
+    assert small(fps=1.0)(path, do_sample_frames=False)["video_grid_thw"][:, 0].sum() == 40
+    assert small()(FRAMES, do_sample_frames=False, fps=1.0)["video_grid_thw"][:, 0].sum() == 12
 
 
 @pytest.mark.parametrize("options", [{"timestamps": [0.0, 1.0]}, {"video_metadata": {"fps": 4.0}}])
@@ -346,6 +374,8 @@ def test_bad_videos_are_refused():
         small()([])
     with pytest.raises(ValueError, match="3 or 4 channels|1, 3 or 4 channels"):
         small()(np.zeros((2, 30, 30, 7), np.uint8))
+    with pytest.raises(ValueError, match="frame 0 has 56 x 84 pixels and frame 1 84 x 56; crop or resize them first"):
+        small()([FRAMES[0], FRAMES[1].transpose(1, 0, 2)])
     with pytest.raises(ValueError, match="fps=-1"):
         small()(FRAMES, fps=-1)
     with pytest.raises(ValueError, match="pixel_dtype='int8'"):

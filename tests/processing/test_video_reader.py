@@ -355,6 +355,15 @@ def test_a_folder_and_a_still_image_are_no_videos(tmp_path):
         one_sentence(error)
 
 
+def test_a_video_written_out_is_not_repeated():
+    with pytest.raises(NotAVideoError, match="cannot be given as a data: URI .*; save it to a file") as error:
+        VideoReader("data:video/mp4;base64," + "A" * 300_000)
+    one_sentence(error)
+    with pytest.raises(VideoNotFoundError, match="there is no video file at AAA.*; check the path") as error:
+        VideoReader("A" * 300_000)
+    assert len(str(error.value)) < 1100
+
+
 def test_sound_only(tmp_path):
     path = tmp_path / "sound.wav"
     with av.open(str(path), "w") as container:

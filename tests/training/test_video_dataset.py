@@ -199,8 +199,8 @@ def test_arguments_are_checked(folder):
     rows = [record("0.mp4")]
     for options, message in (
         ({"video_options": {"max_frame": 3}}, "video_options has no 'max_frame'; did you mean 'max_frames'"),
-        ({"video_options": {"num_frames": 0}}, "video_options: num_frames=0 must be a positive number of frames"),
-        ({"video_options": {"max_frames": 0}}, "video_options: max_frames=0 must be a positive number of frames"),
+        ({"video_options": {"num_frames": 0}}, "video_options: num_frames=0 must be a positive whole number of frames"),
+        ({"video_options": {"max_frames": 0}}, "video_options: max_frames=0 must be a positive whole number of frames"),
         ({"video_options": {"fps": 1, "num_frames": 3}}, "video_options: fps and num_frames are mutually exclusive"),
         ({"video_options": {"fps": -1}}, "video_options: fps=-1 must be a positive number"),
         ({"on_bad_video": "ignore"}, "on_bad_video='ignore' must be 'raise' or 'skip'"),
