@@ -37,6 +37,7 @@ from transformers.utils import is_torch_mps_available, logging
 
 from .configuration_keye import KeyeConfig
 from .layouts_keye import detect_layout
+from .messages_keye import CONTROL_TOKEN
 from .modeling_keye import KeyeForVideoQA
 from .processing_keye import KeyeProcessor
 from .sparse_attention_keye import BACKENDS, resolve_backend
@@ -55,8 +56,6 @@ MAX_NEW_TOKENS = 256
 
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-# What tokenizers of chat models reserve: <|video_pad|>, <|im_end|>, and DeepSeek's spelling with wide bars.
-CONTROL_TOKEN = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>")
 
 REPORTED_PACKAGES = (
     "transformers",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 
+from .sparse_reference_keye import widened
 from .triton_common_keye import on_device
 
 _DEVICE_TYPE = "cuda"
@@ -76,11 +77,6 @@ def _value_width(version: int, head_size: int, value_size: int) -> int:
     return value_size if version == 4 and (head_size, value_size) == _EXPANDED_MLA else head_size
 
 
-def _widened(v: torch.Tensor, width: int) -> torch.Tensor:
-    """v with zeros behind its columns; itself where there are none to add, which `pad` would copy."""
-    return v if v.shape[-1] == width else torch.nn.functional.pad(v, (0, width - v.shape[-1]))
-
-
 def flash_causal(
     version: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -90,7 +86,7 @@ def flash_causal(
     None from a release that has no option for it.
     """
     value_dim = v.shape[-1]
-    v = _widened(v, _value_width(version, q.shape[-1], value_dim))
+    v = widened(v, _value_width(version, q.shape[-1], value_dim))
     attend, _, lse_option = _functions[version]
     options = _options(scaling) | lse_option
     with on_device(q.device):
@@ -108,7 +104,7 @@ def fused_causal(
     value_dim, causal, grouped = v.shape[-1], q.shape[2] > 1, q.shape[1] != k.shape[1]
     if not q.is_cuda or q.shape[-1] % _HEAD_MULTIPLE or q.shape[-1] < value_dim:
         return None
-    v = _widened(v, q.shape[-1])
+    v = widened(v, q.shape[-1])
     if _cudnn_takes(q, k, v, grouped):
         attend = torch.ops.aten._scaled_dot_product_cudnn_attention
         out, lse, *_ = attend(q, k, v, None, compute_log_sumexp=True, is_causal=causal, scale=scaling)

@@ -6,6 +6,8 @@ from typing import Any
 
 from .video_download_keye import FramePaths
 
+# What tokenizers of chat models reserve: <|video_pad|>, <|frame|>, <|im_end|>, and DeepSeek's spelling with wide bars.
+CONTROL_TOKEN = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>")
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 # What other models' tools read in a part (qwen-vl-utils and its kin).
 _OPTIONS = {

@@ -93,8 +93,12 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return SHARED_MEMORY_OFF_DEVICE
     properties = torch.cuda.get_device_properties(device)
-    limit = properties.shared_memory_per_block_optin
-    return limit if properties.major < 10 else min(limit, SHARED_MEMORY_PAST_HOPPER)
+    return memory_of_blocks(properties.major, properties.shared_memory_per_block_optin)
+
+
+def memory_of_blocks(major: int, limit: int) -> int:
+    """The same for the first number of a compute capability, where a program may use `limit` bytes."""
+    return limit if major < 10 else min(limit, SHARED_MEMORY_PAST_HOPPER)
 
 
 def multiprocessors(device: torch.device) -> int:

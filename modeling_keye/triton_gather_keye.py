@@ -59,6 +59,26 @@ def scores_of(b_heads, b_places, SWAPPED: tl.constexpr, ACC: tl.constexpr):
 
 
 @jit
+def scores_apart(b_heads, b_heads_rest, b_places, b_places_rest, start, end, SWAPPED: tl.constexpr, ACC: tl.constexpr):
+    """`scores_of` over two blocks of columns, in branches that are always taken, as start and end are 0 or more.
+
+    Triton gives a product that it can follow into another one to all warps along its rows. With 64 rows, that has both
+    groups of four warps make the same product. It follows none out of a branch; the branch that is never taken holds a
+    product too, because a constant there would be folded into what comes after.
+    """
+    if start >= 0:
+        b_scores = scores_of(b_heads, b_places, SWAPPED, ACC)
+    else:
+        b_scores = scores_of(b_heads_rest, b_places_rest, SWAPPED, ACC)
+    if end >= 0:
+        if SWAPPED:
+            b_scores = tl.dot(b_places_rest, tl.trans(b_heads_rest), b_scores, input_precision="ieee", out_dtype=ACC)
+        else:
+            b_scores = tl.dot(b_heads_rest, tl.trans(b_places_rest), b_scores, input_precision="ieee", out_dtype=ACC)
+    return b_scores
+
+
+@jit
 def add_weighted(b_sum, b_weights, b_places, SWAPPED: tl.constexpr, ACC: tl.constexpr):
     """sum + weights [BH, BK] x places [BK, D] -> [BH, D]; when swapped, sum, weights and result are transposed."""
     if SWAPPED:

@@ -271,7 +271,7 @@ def _row_gradients_kernel(
         b_probs = tl.load(probs_ptr + offsets, mask=m_head[:, None], other=0.0).to(DOT)
         b_grad_scores = tl.load(grad_scores_ptr + offsets, mask=m_head[:, None], other=0.0).to(DOT)
         # Branches that are always taken. The first keeps Triton from following one product into the next, which would
-        # make both groups of warps multiply the same (see `_scores_apart` of the forward pass); the second has its
+        # make both groups of warps multiply the same (see `scores_apart`); the second has its
         # product done before the atomic additions branch, across which each matrix instruction would be waited for.
         if APART is None or start >= 0:
             b_grad_kv = tl.dot(tl.trans(b_grad_scores), b_q, input_precision="ieee", out_dtype=ACC)

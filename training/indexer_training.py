@@ -11,7 +11,6 @@ backpropagated from its output trains the indexer too. What stands here is aroun
 """
 
 import functools
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -48,11 +47,7 @@ def set_topk(model: nn.Module, topk: int) -> None:
     """Let the indexers of a loaded model select `topk` tokens. Raises `ValueError` for fewer than one."""
     if topk < 1:
         raise ValueError(f"`topk` is {topk}; an indexer selects at least one token.")
-    decoder = decoder_of(model)
-    decoder.config.index_topk = topk
-    for layer in decoder.layers:
-        if layer.self_attn.indexer is not None:
-            layer.self_attn.selection = replace(layer.self_attn.selection, topk=topk)
+    decoder_of(model).config.index_topk = topk
 
 
 class IndexerTrainerMixin:

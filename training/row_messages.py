@@ -1,17 +1,16 @@
 """One record in this repository's columns -> checked chat messages with their media in place."""
 
-import re
 from collections.abc import Callable
 from os import PathLike
 from typing import Any
+
+from modeling_keye.messages_keye import CONTROL_TOKEN
 
 from .data_errors import DataError, suggestion
 
 KINDS = ("video", "image")
 MARKERS = {"video": "<video>", "image": "<image>"}
 ROLES = ("system", "user", "assistant")
-# What tokenizers of chat models reserve: <|video_pad|>, <|frame|>, <|im_end|>, and DeepSeek's spelling with wide bars.
-CONTROL_TOKEN = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>")
 
 
 def messages_of(record: dict, where: str, find_media: Callable[[str, Any], str]) -> list[dict]:

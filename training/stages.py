@@ -117,4 +117,4 @@ def add_lora(model: KeyeForVideoQA, lora: LoraRecipe) -> PeftModel:
 def attend_densely(model: nn.Module) -> None:
     """Every query reads all it sees, in this process only: the configuration, and so what is saved, stays as it is."""
     for layer in decoder_of(model).layers:
-        layer.self_attn.selection = Selection()
+        layer.self_attn.other_selection = Selection()

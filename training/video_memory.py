@@ -183,20 +183,20 @@ def attention_mode(model, mode: str, topk: int | None = None) -> Iterator[None]:
     if not indexers and (mode == "untrained" or topk is not None):
         asked = "the mode 'untrained'" if mode == "untrained" else f"topk={topk}"
         raise ValueError(f"This model has no indexer, which {asked} needs; ask it in the mode 'sparse' or 'dense'.")
-    rules = [layer.selection for layer in layers]
+    others = [layer.other_selection for layer in layers]
     weights = [{name: value.clone() for name, value in indexer.state_dict().items()} for indexer in indexers]
     try:
         for layer in layers:
             if mode == "dense":
-                layer.selection = Selection()
+                layer.other_selection = Selection()
             elif topk is not None and layer.indexer is not None:
-                layer.selection = replace(layer.selection, topk=topk)
+                layer.other_selection = replace(layer.selection, topk=topk)
         if mode == "untrained":
             _forget(model, indexers)
         yield
     finally:
-        for layer, rule in zip(layers, rules):
-            layer.selection = rule
+        for layer, other in zip(layers, others):
+            layer.other_selection = other
         for indexer, values in zip(indexers, weights):
             indexer.load_state_dict(values)
 

@@ -230,16 +230,16 @@ class KeyeAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.is_sparse = config.layer_types[layer_idx] != "full_attention"
         self.indexer = None
-        self._other_selection: Selection | None = None
+        self.other_selection: Selection | None = None  # in the place of what the config says
         self.backend_ran: str | None = None
         if self.is_sparse and config.indexer_type:
             self.indexer = INDEXERS[config.indexer_type](config)
 
     @property
     def selection(self) -> Selection:
-        """What a query keeps: as the config says now, unless something else was put in its place."""
-        if self._other_selection is not None:
-            return self._other_selection
+        """What a query keeps: as the config says now, unless there is an `other_selection`."""
+        if self.other_selection is not None:
+            return self.other_selection
         if not self.is_sparse:
             return Selection()
         return Selection(
@@ -247,10 +247,6 @@ class KeyeAttention(nn.Module):
             local_window=self.config.local_window,
             anchor_stride=self.config.anchor_stride,
         )
-
-    @selection.setter
-    def selection(self, selection: Selection | None) -> None:
-        self._other_selection = selection
 
     def forward(
         self,

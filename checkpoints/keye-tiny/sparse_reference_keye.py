@@ -379,7 +379,7 @@ def dense_attention(
         masked = True  # the compiler knows no bias
     # The flash path needs equal widths.
     width = max(dim, value_dim)
-    q, k, v = (torch.nn.functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
+    q, k, v = (widened(x, width) for x in (q, k, v))
     k, v = k[:, :, :num_keys], v[:, :, :num_keys]
     if q.is_cuda and heads != k.shape[1] and (masked or not _has_fused_kernel(q, k, v)):
         # With a mask, and for what the flash kernel does not take, grouped heads have no fused kernel there.
@@ -402,6 +402,11 @@ def dense_attention(
         last = num_keys if at_slot else query_offset + end
         parts.append(_recomputed(block, q[:, :, begin:end], k[:, :, :last], v[:, :, :last], query_offset + begin))
     return torch.cat(parts, dim=2)[..., :value_dim].transpose(1, 2)
+
+
+def widened(x: torch.Tensor, width: int) -> torch.Tensor:
+    """x with zeros behind its columns; itself where there are none to add, which `pad` would copy."""
+    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
 def _has_fused_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:

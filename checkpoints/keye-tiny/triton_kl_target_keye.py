@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from .triton_common_keye import jit, on_device, tl, triton
-from .triton_gather_keye import HOPPER_SHARED, LOG2_E, SLACK, first_fitting, scores_of
+from .triton_gather_keye import HOPPER_SHARED, LOG2_E, SLACK, first_fitting, scores_apart, scores_of
 from .triton_kl_keye import ListTiles, load_columns, split_width, width_of
 from .triton_tuning_keye import tunable
 from .triton_union_keye import unions, unit_blocks
@@ -53,18 +53,6 @@ def union_tiles(heads: int, width: int, element_size: int, shared: int) -> Union
     # Half of the stages bring positions, half keys. Two programs share a multiprocessor, one reduces while one waits.
     ahead = hopper and 2 * (size(columns, places, 3) + SLACK) <= shared
     return UnionTiles(columns // heads, heads, places, 4, 5 if ahead else 3)
-
-
-@jit
-def _scores_apart(b_q, b_q_rest, b_k, b_k_rest, start, used, ACC: tl.constexpr):
-    """k q^T over both blocks of columns, [BK, BH], in branches that are always taken, as in `triton_mla_keye`."""
-    if start >= 0:
-        b_scores = scores_of(b_q, b_k, True, ACC)
-    else:
-        b_scores = scores_of(b_q_rest, b_k_rest, True, ACC)
-    if used >= 0:
-        b_scores = tl.dot(b_k_rest, tl.trans(b_q_rest), b_scores, input_precision="ieee", out_dtype=ACC)
-    return b_scores
 
 
 @jit(do_not_specialize=["first_query", "num_queries", "num_keys", "num_places", "num_groups"])
@@ -137,7 +125,7 @@ def _list_kernel(
                 if R > 0:
                     b_scores += scores_of(b_q_rest, b_k_rest, True, ACC)
             else:
-                b_scores = _scores_apart(b_q, b_q_rest, b_k, b_k_rest, start, used, ACC)
+                b_scores = scores_apart(b_q, b_q_rest, b_k, b_k_rest, start, used, True, ACC)
             b_target = tl.sum(tl.exp2(b_scores * scale_log2 - b_lse[None, :]), 1) / (num_groups * HEADS)
             # An unused place has score 0, which may lie far above the log-sum-exp.
             b_target = tl.where(m_place, b_target, 0.0)

@@ -33,6 +33,7 @@ from .triton_gather_keye import (
     first_fitting,
     load_rows,
     num_splits,
+    scores_apart,
     scores_of,
     used_places,
 )
@@ -90,23 +91,6 @@ def forward_tiles(heads: int, latent: int, width: int, element_size: int, shared
         blocks = [(block, places) for block, places in blocks if block * latent <= _MAX_OUTPUT] or [(16, 16)]
     block, places = first_fitting(blocks, size, shared)
     return Tiles(block, places, hopper and block < 64 <= places, 8, 2, hopper and block == places == 64)
-
-
-@jit
-def _scores_apart(b_q, b_q_rope, b_kv, b_rope, start, last, ACC: tl.constexpr):
-    """q kv^T over both blocks of columns, [BH, BK], in branches that are always taken.
-
-    Triton gives a product that it can follow into another one to all warps along its rows. With 64 rows, that has both
-    groups of four warps make the same product. It follows none out of a branch; the branch that is never taken holds a
-    product too, because a constant there would be folded into what comes after.
-    """
-    if start >= 0:
-        b_scores = scores_of(b_q, b_kv, False, ACC)
-    else:
-        b_scores = scores_of(b_q_rope, b_rope, False, ACC)
-    if last >= 0:
-        b_scores = tl.dot(b_q_rope, tl.trans(b_rope), b_scores, input_precision="ieee", out_dtype=ACC)
-    return b_scores
 
 
 @jit(do_not_specialize=["num_queries", "num_keys", "num_places", "num_heads"])
@@ -183,7 +167,7 @@ def _forward_kernel(
                 if R > 0:
                     b_scores += scores_of(b_q_rope, b_rope, SWAPPED, ACC)
             else:
-                b_scores = _scores_apart(b_q, b_q_rope, b_kv, b_rope, start, last, ACC)
+                b_scores = scores_apart(b_q, b_q_rope, b_kv, b_rope, start, last, False, ACC)
             b_scores = tl.where(tl.expand_dims(m_place, HEAD_AXIS), b_scores * scale_log2, float("-inf"))
             b_new = tl.maximum(b_max, tl.max(b_scores, PLACE_AXIS))
             b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)

@@ -196,8 +196,8 @@ def _main(module: str, answer: str) -> None:
     functions = importlib.import_module(module)
     found = {}
     for arch, names in functions.NAMES.items():
-        most = SHARED_LIMIT[90] if arch < 100 else triton_common_keye.SHARED_MEMORY_PAST_HOPPER
-        triton_common_keye.SHARED_MEMORY_OFF_DEVICE = min(SHARED_LIMIT[arch], most)
+        memory = triton_common_keye.memory_of_blocks(arch // 10, SHARED_LIMIT[arch])
+        triton_common_keye.SHARED_MEMORY_OFF_DEVICE = memory
         recorder = _Recorder(arch)
         JITFunction.run = lambda kernel, *args, recorder=recorder, **kwargs: recorder.run(kernel, *args, **kwargs)
         launches = {}

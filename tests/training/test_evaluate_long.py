@@ -287,7 +287,7 @@ def test_the_command_prints_tables_and_goes_on_where_it_was(monkeypatch, capsys,
 def test_a_model_without_indexer_is_asked_in_the_modes_that_it_has(monkeypatch, capsys, model, processor):
     for layer in video_memory.decoder_layers(model):
         monkeypatch.setitem(layer._modules, "indexer", None)
-        monkeypatch.setattr(layer, "selection", Selection(local_window=8))
+        monkeypatch.setattr(layer, "other_selection", Selection(local_window=8))
     monkeypatch.setattr(sys, "argv", ["evaluate", "--model", "DIR", *LONG])
     monkeypatch.setattr(evaluate, "load", lambda name: (model, processor))
     evaluate.main()
